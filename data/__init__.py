@@ -1,0 +1,1 @@
+"""Records: their schema, their categories, and where they come from."""

@@ -1,0 +1,1 @@
+"""The shipped records; `equipoise.data.sources.load_samples` reads them."""

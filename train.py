@@ -1,0 +1,8 @@
+"""Train, judge and gate: `accelerate launch train.py recipe=tsdi`; `python train.py --help` lists what is possible."""
+
+import sys
+
+from equipoise.train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""Give a causal language model a forward that scores completion tokens only.
+
+`model(..., completion_index=i, completion_targets=t)` runs the backbone, gathers the hidden states at `i` and puts
+those alone through the LM head. Called any other way the model is as before, so `generate` is untouched. It has
+to live in `forward` because DDP, FSDP and DeepSpeed hook there.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from equipoise.train.losses.log_probs import selected_log_probs
+
+
+@dataclass
+class CompletionOutput(ModelOutput):
+    """What the completion forward returns."""
+
+    log_probs: Tensor | None = None
+    """(N,) fp32: log-probability of each completion token."""
+    hidden: Tensor | None = None
+    """(N, H): the states behind them, for KL terms."""
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The LM head as tensors: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model under an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def lm_head(model: PreTrainedModel) -> LMHead:
+    """The output head of a causal LM, with the logit scale and soft cap of the families that have one."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if isinstance(weight, DTensor):  # FSDP2 shards the head; the products need it whole
+        weight = weight.full_tensor()
+        bias = bias.full_tensor() if bias is not None else None
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / config.logits_scaling  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return LMHead(weight, bias, 1.0 if scale is None else float(scale), softcap)
+
+
+def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
+    """Patch `model` in place (once); see the module's docstring for the call."""
+    base = base_causal_lm(model)
+    if getattr(base, "_has_completion_head", False):
+        return
+    original = base.forward
+
+    @functools.wraps(type(base).forward)  # `generate` validates its arguments against this signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        completion_index: Tensor | None = None,
+        completion_targets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """completion_index (N,): positions in the flattened (B * T) whose state predicts completion_targets (N,)."""
+        if completion_index is None:
+            return original(*args, **kwargs)
+        kwargs["use_cache"] = False
+        kwargs.pop("labels", None)
+        states = self.base_model(*args, **kwargs).last_hidden_state
+        hidden = states.reshape(-1, states.shape[-1])[completion_index]
+        raw = self.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(raw.weight, getattr(raw, "bias", None)):
+            head = lm_head(self)
+            log_probs = selected_log_probs(
+                hidden, head.weight, head.bias, completion_targets, scale=head.scale, softcap=head.softcap
+            )
+        return CompletionOutput(log_probs=log_probs, hidden=hidden)
+
+    base.forward = types.MethodType(forward, base)
+    base._has_completion_head = True

@@ -1,0 +1,134 @@
+"""Evaluate a model state, gate it, and promote it or not; the run's memory of verdicts."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from equipoise.eval.category_report import CategoryReport, ReportError
+from equipoise.eval.evaluator import EvaluationSettings, evaluate
+from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
+from equipoise.eval.generation.engine import GenerationSettings
+from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.judges.base import Judge
+from equipoise.train.model import default_device, load_policy, save_folder
+from equipoise.train.recipe import Recipe
+from equipoise.train.stages.context import StageContext
+
+BASE, ALIGNED, TSDI = "base", "aligned", "tsdi"
+"""Names of model states, in reports and metrics."""
+
+TOKEN_BIAS_FILE = "token_bias.safetensors"
+
+
+@dataclass
+class Gatekeeper:
+    """Judges states as they come; `reports` and `verdicts` are in order of evaluation, the last of a name counts."""
+
+    context: StageContext
+    judge: Judge
+    rules: GateRules
+    reports: dict[str, CategoryReport] = field(default_factory=dict)
+    verdicts: dict[str, GateResult] = field(default_factory=dict)
+    promoted: str | None = None
+    """State whose model is in `promoted/`."""
+
+    def evaluate(
+        self, state: str, label: str, model_folder: str, token_bias: TokenBias | None = None
+    ) -> CategoryReport:
+        """Report of one state under `eval/<label>/`; an existing report of the same settings is read instead."""
+        context = self.context
+        settings = evaluation_settings(context.recipe)
+        path = context.run_dir / "eval" / label / "report.json"
+        report = _existing(path)
+        if report is None:
+            model, tokenizer = load_policy(context.recipe.model, model_folder)
+            model.to(default_device())
+            report = evaluate(
+                model,
+                tokenizer,
+                context.data,
+                self.judge,
+                settings,
+                state,
+                model_folder,
+                token_bias=token_bias,
+                progress=lambda done, total, what: context.progress(done, total, f"{state}: {what}"),
+            )
+            del model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if PartialState().is_main_process:
+                report.to_json(path)
+            PartialState().wait_for_everyone()
+        self.reports[state] = report
+        context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
+        context.log(_metrics(report), 0, label)
+        return report
+
+    def decide(
+        self, state: str, label: str, model_folder: str, token_bias_file: Path | None = None
+    ) -> GateResult:
+        """Gate the state's report against the base; a PASS is promoted, anything else is not."""
+        result = gate(self.reports[state], self.reports.get(BASE), self.rules)
+        self.verdicts[state] = result
+        passed = result.verdict is GateVerdict.PASS
+        if passed:
+            self.promoted = state
+        if PartialState().is_main_process:
+            if passed:
+                promote(Path(model_folder), token_bias_file, self.context.run_dir / "promoted")
+            with (self.context.run_dir / "gate.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"label": label, "promoted": passed, **result.to_dict()}) + "\n")
+        PartialState().wait_for_everyone()
+        return result
+
+
+def evaluation_settings(recipe: Recipe) -> EvaluationSettings:
+    """The evaluator's settings from the recipe's."""
+    return EvaluationSettings(
+        generation=GenerationSettings(
+            max_new_tokens=recipe.evaluation.max_new_tokens, batch_size=recipe.evaluation.batch_size
+        ),
+        max_prompts_per_category=recipe.data.max_prompts_per_category,
+    )
+
+
+def promote(model_folder: Path, token_bias_file: Path | None, target: Path) -> None:
+    """Copy a model folder (and the token bias it is decoded with) to `target`, aside and renamed."""
+
+    def write(aside: Path) -> None:
+        shutil.copytree(model_folder, aside, dirs_exist_ok=True)
+        if token_bias_file is not None:
+            shutil.copy(token_bias_file, aside / TOKEN_BIAS_FILE)
+
+    save_folder(target, write)
+
+
+def _existing(path: Path) -> CategoryReport | None:
+    """A finished report of this run, or None; the run's folder is bound to one recipe, so settings agree."""
+    if not path.exists():
+        return None
+    try:
+        return CategoryReport.from_json(path)
+    except ReportError:
+        return None
+
+
+def _metrics(report: CategoryReport) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for category, rate in report.unsafe_rate.items():
+        if rate.rate is not None:
+            metrics[f"eval/unsafe_rate/{category}"] = rate.rate
+    for name, rate in (
+        ("unsafe_rate", report.overall_unsafe_rate),
+        ("over_refusal_rate", report.over_refusal),
+    ):
+        if rate.rate is not None:
+            metrics[f"eval/{name}"] = rate.rate
+    if report.helpfulness.mean is not None:
+        metrics["eval/helpfulness"] = report.helpfulness.mean
+    return metrics

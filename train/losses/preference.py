@@ -1,0 +1,117 @@
+"""The DPO family on sequence log-probabilities. Pure functions; every loss is per pair, (B,), before reduction.
+
+Notation: h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]. `beta` is a float or (B,)
+(a category multiplier gives every pair its own); `margin` is delta_c, (B,) or 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """Sequence log-probabilities of a batch of pairs, summed over completion tokens, fp32, all (B,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_lengths: Tensor
+    """Completion tokens, end-of-turn tokens included."""
+    rejected_lengths: Tensor
+
+    @property
+    def chosen_log_ratio(self) -> Tensor:
+        """log pi(y_w|x) - log pi_ref(y_w|x), (B,)."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_log_ratio(self) -> Tensor:
+        """log pi(y_l|x) - log pi_ref(y_l|x), (B,)."""
+        return self.rejected - self.ref_rejected
+
+    @property
+    def h(self) -> Tensor:
+        """The difference of log-ratios, (B,), nats."""
+        return self.chosen_log_ratio - self.rejected_log_ratio
+
+    def per_token(self) -> "PairLogps":
+        """The same with every sum divided by its completion's tokens."""
+        chosen, rejected = self.chosen_lengths.clamp(min=1), self.rejected_lengths.clamp(min=1)
+        return PairLogps(
+            self.chosen / chosen,
+            self.rejected / rejected,
+            self.ref_chosen / chosen,
+            self.ref_rejected / rejected,
+            self.chosen_lengths,
+            self.rejected_lengths,
+        )
+
+
+Beta = float | Tensor
+
+
+def sigmoid_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """-log sigmoid(beta h - delta). DPO, Rafailov et al. 2305.18290, eq. 7; the margin is Cat-DPO's."""
+    return -F.logsigmoid(beta * logps.h - margin)
+
+
+def robust_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """Unbiased under label flips with probability eps. Chowdhury et al. 2403.00409, eq. 12."""
+    z, eps = beta * logps.h - margin, label_smoothing
+    return (-(1 - eps) * F.logsigmoid(z) + eps * F.logsigmoid(-z)) / (1 - 2 * eps)
+
+
+def hinge_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """max(0, 1 + delta - beta h). SLiC, Zhao et al. 2305.10425, on the DPO log-ratios."""
+    return torch.relu(1 - (beta * logps.h - margin))
+
+
+def ipo_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """(h / length - 1 / (2 beta))^2. IPO, Azar et al. 2310.12036, eq. 17, per token as its authors evaluate it."""
+    return (logps.per_token().h - 1 / (2 * beta)) ** 2
+
+
+def apo_zero_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """1 - sigmoid(beta r_w) + sigmoid(beta r_l). APO-zero, D'Oosterlinck et al. 2408.06266, eq. 7."""
+    return 1 - torch.sigmoid(beta * logps.chosen_log_ratio) + torch.sigmoid(beta * logps.rejected_log_ratio)
+
+
+PREFERENCE_LOSSES: dict[str, Callable[[PairLogps, Beta, Beta, float], Tensor]] = {
+    "sigmoid": sigmoid_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "robust": robust_loss,
+    "apo_zero": apo_zero_loss,
+}
+
+MARGIN_LOSSES = ("sigmoid", "hinge", "robust")
+"""Losses of beta*h alone, where subtracting a category margin has a meaning."""
+
+
+def preference_loss(
+    name: str,
+    logps: PairLogps,
+    beta: Beta,
+    *,
+    margin: Beta = 0.0,
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+) -> Tensor:
+    """Loss of each pair, (B,), >= 0 but for `robust`; gradient descent raises h.
+
+    length_normalised divides every log-probability by its completion's tokens first (TRL's `sigmoid_norm`); ipo
+    always does. Raises KeyError for an unknown name (recipes are checked before).
+    """
+    if length_normalised and name != "ipo":
+        logps = logps.per_token()
+    return PREFERENCE_LOSSES[name](logps, beta, margin, label_smoothing)
+
+
+def sft_loss(logps: PairLogps) -> Tensor:
+    """Mean negative log-likelihood a chosen token over the batch, scalar: TRL's `sft` term."""
+    return -logps.chosen.sum() / logps.chosen_lengths.sum().clamp(min=1)

@@ -1,0 +1,230 @@
+"""Preference pairs as batches: one row a pair, `[prompt | chosen | rejected]`, the prompt encoded once.
+
+A 4-D attention mask hides the chosen answer from the rejected one, and positions restart behind the prompt, so
+both answers see what they would see in rows of their own. A short refusal is not padded to the length of a long
+answer, and a long prompt is paid for once.
+
+    tokens      p0 p1 p2 c0 c1 r0 r1 r2 .
+    segment      0  0  0  1  1  2  2  2 -1
+    position     0  1  2  3  4  3  4  5  0
+
+A model that cannot take such a mask gets two rows a pair; `can_share_prompt` finds out by trying.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from equipoise.data.errors import DataError
+from equipoise.data.schema import PreferencePair, Turn
+
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "category", "pair")
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Tokenised pairs and what did not make it."""
+
+    dataset: Dataset
+    """Columns: prompt_ids, chosen_ids, rejected_ids, category (str), pair (row number)."""
+    ids: list[str]
+    """The pairs' own ids, by row number."""
+    too_long: list[str]
+    """Ids of the pairs dropped because prompt + longer answer exceed max_length."""
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, prompt: bool) -> list[int]:
+    """Token ids of a conversation through the chat template, with the assistant's header for a prompt."""
+    encoded = tokenizer.apply_chat_template(
+        list(turns), add_generation_prompt=prompt, tokenize=True, return_dict=True
+    )
+    return list(encoded["input_ids"])
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedPairs:
+    """Tokenise pairs; raises DataError when the template's prompt is no prefix of prompt + answer, or nothing fits."""
+    rows: list[dict[str, Any]] = []
+    ids: list[str] = []
+    too_long: list[str] = []
+    broken: list[str] = []
+    for pair in pairs:
+        prompt = encode_turns(tokenizer, pair.prompt, prompt=True)
+        answers = []
+        for text in (pair.chosen, pair.rejected):
+            whole = encode_turns(
+                tokenizer, [*pair.prompt, {"role": "assistant", "content": text}], prompt=False
+            )
+            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+                broken.append(pair.id)
+                break
+            answers.append(whole[len(prompt) :])
+        if len(answers) < 2:
+            continue
+        if len(prompt) + max(map(len, answers)) > max_length:
+            too_long.append(pair.id)
+            continue
+        rows.append(
+            {
+                "prompt_ids": prompt,
+                "chosen_ids": answers[0],
+                "rejected_ids": answers[1],
+                "category": pair.category,
+                "pair": len(rows),
+            }
+        )
+        ids.append(pair.id)
+    if broken:
+        raise DataError(
+            f"{len(broken)} of {len(pairs)} pairs: with this chat template the tokens of the prompt are not a prefix "
+            f"of those of prompt + answer, so the answer cannot be told apart (first: {', '.join(broken[:3])}). "
+            "Use a chat template that renders the prompt alike with and without an answer."
+        )
+    if not rows:
+        raise DataError(
+            f"none of {len(pairs)} pairs fits into data.max_length={max_length} tokens; raise data.max_length"
+        )
+    return EncodedPairs(Dataset.from_list(rows), ids, too_long)
+
+
+def dataset_key(dataset: Dataset) -> str:
+    """Hash of every pair's tokens, in order: what cached reference log-probabilities depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]):
+        digest.update(repr((row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class PairCollator:
+    """Rows of the dataset -> a batch of tensors (`collator(rows)`).
+
+    input_ids, position_ids, segment (B, T); completion_index, completion_targets, completion_sequence (N,), where
+    sequence 2b is row b's chosen answer and 2b + 1 its rejected one; chosen_lengths, rejected_lengths (B,); pair (B,);
+    ref_chosen_logps and ref_rejected_logps (B,) where the rows have them. With `two_rows` a pair takes two rows
+    of the same kind (prompt | answer), chosen first.
+    """
+
+    pad_token_id: int
+    two_rows: bool = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows: list[list[tuple[int, list[int]]]] = []  # a row: [(sequence, tokens) ...] behind one prompt
+        prompts: list[list[int]] = []
+        for b, example in enumerate(examples):
+            answers = [(2 * b, example["chosen_ids"]), (2 * b + 1, example["rejected_ids"])]
+            for row in [[a] for a in answers] if self.two_rows else [answers]:
+                rows.append(row)
+                prompts.append(example["prompt_ids"])
+        width = max(len(p) + sum(len(ids) for _, ids in row) for p, row in zip(prompts, rows, strict=True))
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
+        position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        segment = torch.full((len(rows), width), -1)
+        index: list[Tensor] = []
+        targets: list[Tensor] = []
+        sequence: list[Tensor] = []
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            num_prompt = len(prompt)
+            input_ids[i, :num_prompt] = torch.tensor(prompt)
+            position_ids[i, :num_prompt] = torch.arange(num_prompt)
+            segment[i, :num_prompt] = 0
+            start = num_prompt
+            for answer, (number, ids) in enumerate(row):
+                end = start + len(ids)
+                input_ids[i, start:end] = torch.tensor(ids)
+                position_ids[i, start:end] = torch.arange(num_prompt, num_prompt + len(ids))
+                segment[i, start:end] = answer + 1
+                # The prompt's last token predicts the first token of either answer.
+                predictors = torch.cat([torch.tensor([num_prompt - 1]), torch.arange(start, end - 1)])
+                index.append(i * width + predictors)
+                targets.append(torch.tensor(ids))
+                sequence.append(torch.full((len(ids),), number))
+                start = end
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "segment": segment,
+            "completion_index": torch.cat(index),
+            "completion_targets": torch.cat(targets),
+            "completion_sequence": torch.cat(sequence),
+            "chosen_lengths": torch.tensor([len(e["chosen_ids"]) for e in examples]),
+            "rejected_lengths": torch.tensor([len(e["rejected_ids"]) for e in examples]),
+            "pair": torch.tensor([e["pair"] for e in examples]),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "category_index", "is_helpful", "slot"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([e[name] for e in examples])
+        return batch
+
+
+def pair_attention_mask(segment: Tensor) -> Tensor:
+    """Boolean mask (B, 1, T, T), True = may attend, from segment (B, T): 0 prompt, 1 and 2 answers, -1 padding.
+
+    Causal; an answer sees the prompt and itself; padding sees itself only, so that no row is without a key.
+    """
+    num_tokens = segment.shape[1]
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
+    query, key = segment[:, :, None], segment[:, None, :]
+    seen = ((key == 0) & (query >= 0)) | ((key == query) & (query >= 0))
+    mask = causal & seen
+    mask |= torch.eye(num_tokens, dtype=torch.bool, device=segment.device)
+    return mask[:, None]
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The keyword arguments of the completion forward for a collated batch."""
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": pair_attention_mask(batch["segment"]),
+        "position_ids": batch["position_ids"],
+        "completion_index": batch["completion_index"],
+        "completion_targets": batch["completion_targets"],
+    }
+
+
+def sum_by_sequence(per_token: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Per-token values (N,) -> (chosen (B,), rejected (B,)), summed over each answer's tokens, fp32."""
+    num_pairs = batch["pair"].shape[0]
+    total = per_token.new_zeros(2 * num_pairs).index_add(0, batch["completion_sequence"], per_token)
+    return total[0::2], total[1::2]
+
+
+@torch.no_grad()
+def can_share_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tolerance: float = 0.05
+) -> bool:
+    """Whether one row a pair gives the log-probabilities of two rows, tried on a small made-up pair.
+
+    The model must carry the completion head. False for models that reject a 4-D mask, ignore it, or ignore
+    position ids (recurrent layers, sliding windows built from a 2-D mask ...). tolerance: nats a token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        0, min(len(tokenizer), model.config.get_text_config().vocab_size), (24,), generator=generator
+    )
+    example = {
+        "prompt_ids": ids[:8].tolist(),
+        "chosen_ids": ids[8:13].tolist(),
+        "rejected_ids": ids[13:24].tolist(),
+        "pair": 0,
+    }
+    was_training = model.training
+    model.eval()
+    try:
+        results = []
+        for two_rows in (False, True):
+            batch = PairCollator(pad_token_id=0, two_rows=two_rows)([example])
+            inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
+            results.append(model(**inputs).log_probs)
+        return bool(torch.allclose(results[0], results[1], atol=tolerance, rtol=0.02))
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+        return False  # the model does not take a 4-D mask or position ids at all
+    finally:
+        model.train(was_training)

@@ -1,0 +1,383 @@
+"""TRL's DPOTrainer with our batches, our losses and exact per-category metrics.
+
+Kept from TRL: adapters, reference handling, checkpoints, accelerate and DeepSpeed. Written anew: data preparation
+(one row a pair), the loss (category terms, KL, token bias), the cached reference log-probabilities, the metrics
+(sums and counts a category, over all ranks, padding duplicates dropped).
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer
+
+from equipoise.data.errors import EquipoiseError
+from equipoise.train import reference_cache
+from equipoise.train.category_terms import CategoryTerms
+from equipoise.train.completion_head import add_completion_head, base_causal_lm, lm_head
+from equipoise.train.losses.kl import k3, sequence_mean, token_kl
+from equipoise.train.losses.preference import PairLogps, preference_loss, sft_loss
+from equipoise.train.pairs import (
+    PairCollator,
+    can_share_prompt,
+    dataset_key,
+    model_inputs,
+    sum_by_sequence,
+)
+from equipoise.train.random_contexts import RandomContexts
+from equipoise.train.recipe import PreferenceStageConfig
+
+COLUMNS = ("slot", "category", "loss", "h", "chosen_log_ratio", "rejected_log_ratio", "kl")
+"""What is kept of every pair until the step is logged."""
+
+STATE_FILE = "category_state.json"
+"""Written last into a checkpoint: a checkpoint without it is not complete."""
+
+
+class TrainingError(EquipoiseError):
+    """Training cannot go on; the message says where the evidence was written."""
+
+
+class PreferenceTrainer(DPOTrainer):
+    """See the module. `dataset` holds the pairs in training order, one row a draw (see `sampling.order_pairs`)."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        args: DPOConfig,
+        dataset: Dataset,
+        category_names: Sequence[str],
+        pair_ids: Sequence[str],
+        stage: PreferenceStageConfig,
+        terms: CategoryTerms,
+        contexts: RandomContexts | None,
+        log: Callable[[Mapping[str, float], int], None],
+        warn: Callable[[str], None],
+        progress: Callable[[int, int, str], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.stage, self.terms, self.contexts = stage, terms, contexts
+        self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
+        self._log_metrics, self._warn, self._reference_progress = log, warn, progress
+        self._table: list[Tensor] = []
+        self._step_sums: dict[str, float] = {}
+        self._window_steps = 0
+        self.reference_cache_hit = False
+        self.helpful_index = (
+            self.category_names.index("helpful") if "helpful" in self.category_names else len(category_names)
+        )
+        collator = PairCollator(kwargs["processing_class"].pad_token_id)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collator,
+            **kwargs,
+        )
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Pairs come tokenised (`pairs.encode_pairs`)."""
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Add ref_chosen_logps and ref_rejected_logps, from the cache or computed with the same batches."""
+        reference = self.ref_model if self.ref_model is not None else self.model
+        for module in {id(self.model): self.model, id(reference): reference}.values():
+            add_completion_head(module)
+        self._choose_layout(reference)
+        unique = dataset.select(_first_rows(dataset["pair"]))
+        dtype = f"{reference.dtype}".removeprefix("torch.") + ("-autocast" if self.args.bf16 else "")
+        path = reference_cache.cache_file(
+            reference_cache.weights_fingerprint(reference), dataset_key(unique), dtype
+        )
+        cached = reference_cache.load(path, len(unique))
+        self.reference_cache_hit = cached is not None
+        if cached is None:
+            cached = self._reference_logps(unique, batch_size)
+            if self.accelerator.is_main_process:
+                reference_cache.save(path, *cached)
+        row = {pair: i for i, pair in enumerate(unique["pair"])}
+        rows = [row[pair] for pair in dataset["pair"]]
+        return dataset.add_column("ref_chosen_logps", cached[0][rows].tolist()).add_column(
+            "ref_rejected_logps", cached[1][rows].tolist()
+        )
+
+    def _choose_layout(self, model: nn.Module) -> None:
+        if not can_share_prompt(model, self.processing_class):
+            self.data_collator.two_rows = True
+            self._warn(
+                "This model does not take a 4-D attention mask: pairs are trained in two rows, which encodes every "
+                "prompt twice and is slower."
+            )
+
+    def _reference_logps(self, dataset: Dataset, batch_size: int) -> tuple[Tensor, Tensor]:
+        """(chosen (n,), rejected (n,)) on CPU, each rank its share, all ranks all of it."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        lengths = [
+            len(p) + len(c) + len(r)
+            for p, c, r in zip(
+                dataset["prompt_ids"], dataset["chosen_ids"], dataset["rejected_ids"], strict=True
+            )
+        ]
+        order = sorted(range(len(dataset)), key=lengths.__getitem__)  # alike lengths: little padding
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        chosen, rejected = torch.zeros(len(dataset)), torch.zeros(len(dataset))
+        reference = self.ref_model if self.ref_model is not None else self.model
+        was_training = reference.training
+        reference.eval()
+        # A rank without a batch of its own repeats one, so that all ranks call forward equally often (ZeRO-3).
+        for i in range(math.ceil(len(batches) / world)):
+            number = i * world + rank
+            rows = batches[min(number, len(batches) - 1)]
+            batch = self._to_device(self.data_collator([dataset[r] for r in rows]))
+            with torch.no_grad(), self._reference_active(), self.compute_loss_context_manager():
+                log_probs = reference(**model_inputs(batch)).log_probs
+            if number < len(batches):
+                sums = sum_by_sequence(log_probs, batch)
+                chosen[rows], rejected[rows] = sums[0].cpu(), sums[1].cpu()
+            if self._reference_progress:
+                self._reference_progress(
+                    i + 1, math.ceil(len(batches) / world), "reference log-probabilities"
+                )
+        reference.train(was_training)
+        if world > 1:
+            both = torch.stack([chosen, rejected]).to(self.accelerator.device)
+            chosen, rejected = self.accelerator.reduce(both, reduction="sum").cpu()
+        return chosen, rejected
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.to(self.accelerator.device) for k, v in batch.items()}
+
+    @contextlib.contextmanager
+    def _reference_active(self) -> Iterator[None]:
+        """The reference inside: the frozen copy needs nothing, the adapter is switched off otherwise."""
+        if self.ref_model is not None:
+            yield
+            return
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            yield
+
+    # ---- loss -------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Scalar loss of a microbatch; the pairs' values are kept for the step's metrics."""
+        if return_outputs:
+            raise NotImplementedError("the completion forward has no full logits to return")
+        outputs = model(**model_inputs(inputs))
+        chosen, rejected = sum_by_sequence(outputs.log_probs, inputs)
+        logps = PairLogps(
+            chosen,
+            rejected,
+            inputs["ref_chosen_logps"].float(),
+            inputs["ref_rejected_logps"].float(),
+            inputs["chosen_lengths"],
+            inputs["rejected_lengths"],
+        )
+        category = inputs["category_index"]
+        beta, margin, weight = self.terms.per_pair(category, self.stage.beta / self.stage.lam)
+        loss_config = self.stage.loss
+        per_pair = preference_loss(
+            loss_config.name,
+            logps,
+            beta,
+            margin=margin,
+            label_smoothing=loss_config.label_smoothing,
+            length_normalised=loss_config.length_normalised,
+        )
+        loss = (weight * per_pair).mean()
+        if loss_config.sft_coef:
+            loss = loss + loss_config.sft_coef * sft_loss(logps)
+        kl = torch.zeros_like(per_pair)
+        kappa = self._kl_coefficients(category)
+        if kappa is not None:
+            kl = self._kl_per_pair(model, inputs, outputs)
+            loss = loss + (kappa * kl).mean()
+        if self.contexts is not None and self.state.global_step % self.stage.token_bias.every == 0:
+            shift = self._token_bias(model)
+            self._step_sums["token_bias"] = self._step_sums.get("token_bias", 0.0) + float(shift.detach())
+            # Taken every k steps, it counts k times, so that `coef` means the same for any k.
+            loss = loss + self.stage.token_bias.coef * self.stage.token_bias.every * shift
+        self._keep(inputs, category, per_pair, logps, kl)
+        if not torch.isfinite(loss):
+            self._stop_non_finite(inputs, per_pair, logps)
+        return loss
+
+    def _kl_coefficients(self, category: Tensor) -> Tensor | None:
+        """kappa of each pair (B,), or None where no pair of the run is penalised."""
+        config = self.stage.kl
+        if not config.coef and not any(config.per_category.values()):
+            return None
+        table = [
+            0.0
+            if config.on == "helpful" and i != self.helpful_index
+            else config.per_category.get(name, config.coef)
+            for i, name in enumerate(self.category_names)
+        ]
+        return torch.tensor(table, device=category.device)[category]
+
+    def _kl_per_pair(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Tensor:
+        """Mean KL a token of each pair's chosen answer, (B,)."""
+        num_pairs = inputs["pair"].shape[0]
+        on_chosen = inputs["completion_sequence"] % 2 == 0
+        sequence = inputs["completion_sequence"][on_chosen] // 2
+        reference = self.ref_model if self.ref_model is not None else model
+        with torch.no_grad(), self._reference_active():
+            ref = reference(**model_inputs(inputs))
+        if self.stage.kl.estimator == "k3":
+            per_token = k3(outputs.log_probs[on_chosen], ref.log_probs[on_chosen])
+        else:
+            per_token = self._exact_kl(
+                outputs.hidden[on_chosen], ref.hidden[on_chosen], self.stage.kl.estimator
+            )
+        return sequence_mean(per_token, sequence, num_pairs)
+
+    def _exact_kl(self, hidden: Tensor, ref_hidden: Tensor, estimator: str) -> Tensor:
+        head = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.model)))
+        ref_weight = None
+        if self.ref_model is not None:
+            ref_weight = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.ref_model))).weight
+        return token_kl(
+            hidden,
+            ref_hidden,
+            head.weight,
+            head.bias,
+            estimator=estimator,
+            ref_weight=ref_weight,
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+
+    def _token_bias(self, model: nn.Module) -> Tensor:
+        """Mean over random contexts and answer positions of KL(pi_ref || pi): what is preferred unread, scalar."""
+        assert self.contexts is not None
+        inputs = self._to_device(self.contexts.draw(self.state.global_step, self.accelerator.process_index))
+        reference = self.ref_model if self.ref_model is not None else model
+        with torch.no_grad(), self._reference_active():
+            ref_hidden = reference(**inputs).hidden
+        return self._exact_kl(model(**inputs).hidden, ref_hidden, "reverse").mean()
+
+    def _stop_non_finite(self, inputs: dict[str, Any], per_pair: Tensor, logps: PairLogps) -> None:
+        path = Path(self.args.output_dir) / f"non_finite_rank{self.accelerator.process_index}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {
+                "id": self.pair_ids[pair],
+                "loss": repr(float(loss)),
+                "chosen_logp": repr(float(chosen)),
+                "rejected_logp": repr(float(rejected)),
+            }
+            for pair, loss, chosen, rejected in zip(
+                inputs["pair"].tolist(), per_pair, logps.chosen, logps.rejected, strict=True
+            )
+        ]
+        path.write_text(json.dumps({"step": self.state.global_step, "pairs": rows}, indent=1) + "\n")
+        raise TrainingError(
+            f"the loss is not finite at step {self.state.global_step}; the batch's pair ids and values are in {path}. "
+            "Lower learning_rate, or train in float32 (model.dtype=float32); nothing after the last checkpoint is kept."
+        )
+
+    # ---- metrics and category state -----------------------------------------------------------------------------
+
+    def _keep(
+        self, inputs: dict[str, Any], category: Tensor, loss: Tensor, logps: PairLogps, kl: Tensor
+    ) -> None:
+        columns = (
+            inputs["slot"],
+            category,
+            loss,
+            logps.h,
+            logps.chosen_log_ratio,
+            logps.rejected_log_ratio,
+            kl,
+        )
+        self._table.append(torch.stack([c.detach().double() for c in columns], dim=1))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One microbatch; at the end of an optimizer step the category state moves and metrics are written."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._finish_step()
+        return loss
+
+    def _finish_step(self) -> None:
+        step = self.state.global_step + 1
+        table = self._gather_table()
+        self.terms.observe(table)
+        if step % self.stage.category.update_every == 0:
+            self.terms.update_from_errors()
+        if step % self.stage.log_every == 0:
+            self._log_metrics(self._metrics_of(table), step)
+        self._step_sums.clear()
+
+    def _gather_table(self) -> dict[str, Tensor]:
+        """Every pair of the step, all ranks, each draw once; columns by name, on CPU."""
+        local = torch.cat(self._table)
+        self._table.clear()
+        if self.accelerator.num_processes > 1:
+            local = self.accelerator.pad_across_processes(local, dim=0, pad_index=-1)
+            local = self.accelerator.gather(local)
+        local = local.cpu()
+        # Padded rows carry slot -1; draws that accelerate repeated to fill the last batch carry a slot seen before.
+        slots, first = {}, []
+        for i, slot in enumerate(local[:, 0].tolist()):
+            if slot >= 0 and slot not in slots:
+                slots[slot] = i
+                first.append(i)
+        first.sort(key=lambda i: local[i, 0].item())  # the order of one process, whatever the ranks
+        return dict(zip(COLUMNS, local[first].unbind(1), strict=True))
+
+    def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
+        metrics: dict[str, float] = {
+            "train/loss": float(table["loss"].mean()),
+            "train/accuracy": float((table["h"] > 0).double().mean()),
+            "train/num_pairs": len(table["loss"]),
+            "train/learning_rate": self._get_learning_rate(),
+        }
+        if self.stage.kl.coef or self.stage.kl.per_category:
+            metrics["train/kl"] = float(table["kl"].mean())
+        if "token_bias" in self._step_sums:
+            metrics["train/token_bias"] = self._step_sums["token_bias"]
+        for i, name in enumerate(self.category_names):
+            of = table["category"] == i
+            num = int(of.sum())
+            if not num:
+                continue
+            metrics[f"train/num_pairs/{name}"] = num
+            metrics[f"train/loss_sum/{name}"] = float(table["loss"][of].sum())
+            metrics[f"train/loss/{name}"] = float(table["loss"][of].mean())
+            metrics[f"train/h/{name}"] = float(table["h"][of].mean())
+            metrics[f"train/accuracy/{name}"] = float((table["h"][of] > 0).double().mean())
+            metrics[f"train/chosen_log_ratio/{name}"] = float(table["chosen_log_ratio"][of].mean())
+        metrics.update(self.terms.metrics())
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            aside = folder / f".{STATE_FILE}"
+            aside.write_text(json.dumps(self.terms.state_dict()) + "\n")
+            aside.replace(folder / STATE_FILE)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""
+        self._metrics["train"].clear()
+
+
+def _first_rows(pairs: Sequence[int]) -> list[int]:
+    """Row of the first draw of every pair, by pair."""
+    first: dict[int, int] = {}
+    for row, pair in enumerate(pairs):
+        first.setdefault(pair, row)
+    return [first[pair] for pair in sorted(first)]

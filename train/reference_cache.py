@@ -1,0 +1,56 @@
+"""Reference log-probabilities on disk: computed once, reused by every run over beta, lambda and seed.
+
+They depend on the reference's weights, the pairs' tokens and the dtype they were computed in, and on nothing else;
+that is the file's name.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from equipoise.eval.models import default_cache_dir
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of every frozen or base weight: all parameters but adapters', names included.
+
+    Called before and after training it shows that the reference did not change.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        # The base's own names, with and without the adapter's wrapping.
+        digest.update(name.removeprefix("base_model.model.").replace(".base_layer", "").encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_file(model_key: str, data_key: str, dtype: str) -> Path:
+    """Where the log-probabilities of these pairs under this reference live."""
+    return default_cache_dir() / "reference_logps" / model_key / f"{data_key}-{dtype}.safetensors"
+
+
+def load(path: Path, num_pairs: int) -> tuple[Tensor, Tensor] | None:
+    """(chosen (n,), rejected (n,)) fp32, or None where there is no usable file."""
+    try:
+        tensors = load_file(path)
+        chosen, rejected = tensors["chosen"], tensors["rejected"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None  # absent or damaged: computed anew
+    if chosen.shape != (num_pairs,) or rejected.shape != (num_pairs,):
+        return None
+    return chosen, rejected
+
+
+def save(path: Path, chosen: Tensor, rejected: Tensor) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"chosen": chosen.float().contiguous(), "rejected": rejected.float().contiguous()}, aside)
+    aside.replace(path)

@@ -1,0 +1,287 @@
+"""Run a recipe: data, then the stages one after the other, each judged and gated, then the report."""
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import set_seed
+
+from equipoise.data.sources import SafetyData, load_data
+from equipoise.data.taxonomy import load_taxonomy
+from equipoise.eval.gate import GateResult, GateRules
+from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.judges.base import Judge
+from equipoise.eval.judges.embedded import EmbeddedJudge
+from equipoise.eval.models import resolve_model
+from equipoise.eval.report import write_report
+from equipoise.eval.terminal_table import category_table
+from equipoise.train.dry_run import plan
+from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper
+from equipoise.train.model import load_policy
+from equipoise.train.recipe import (
+    PreferenceStageConfig,
+    Recipe,
+    RecipeError,
+    TokenBiasStageConfig,
+)
+from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.stages.preference import run_preference
+from equipoise.train.stages.token_bias import run_token_bias
+from equipoise.train.terminal import Progress, console, say
+from equipoise.train.tracking import Tracker
+
+
+def run(recipe: Recipe) -> int:
+    """Run every stage; returns the gate's exit code: 0 pass (or nothing gated), 3 fail, 4 inconclusive.
+
+    Everything lands in `<output_dir>/<name>/seed<seed>/`. The same recipe run again goes on where it stopped; another
+    recipe in the same folder is refused (RecipeError).
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    set_seed(recipe.seed)
+    data = load_data(recipe.data.source, recipe.data.path, recipe.data.held_out_fraction, recipe.seed)
+    say(f"data: {data.summary()}")
+    run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
+    base_folder = _base_folder(recipe, state)
+    if recipe.dry_run:
+        with Progress() as progress:
+            plan(recipe, data, base_folder, say, progress)
+        return 0
+    if state.is_main_process:
+        _claim(run_dir, recipe)
+    state.wait_for_everyone()
+    tracker = Tracker(run_dir, recipe.tracking, asdict(recipe)) if state.is_main_process else None
+    exit_code = 1
+    summary: dict[str, Any] = {}
+    try:
+        with Progress() as progress:
+            context = StageContext(
+                recipe=recipe,
+                data=data,
+                run_dir=run_dir,
+                base_folder=base_folder,
+                log=_logger(tracker),
+                say=say,
+                progress=progress,
+            )
+            gatekeeper, seconds, facts, token_bias = _walk(context)
+        exit_code = final_exit_code(gatekeeper)
+        if state.is_main_process:
+            summary = _finish(context, gatekeeper, seconds, facts, token_bias, exit_code)
+    finally:
+        if tracker is not None:
+            tracker.finish(exit_code, summary)
+    state.wait_for_everyone()
+    return exit_code
+
+
+def final_exit_code(gatekeeper: Gatekeeper) -> int:
+    """The verdict on the last state that was gated; 0 where no stage asked for one."""
+    verdicts = list(gatekeeper.verdicts.values())
+    return verdicts[-1].exit_code if verdicts else 0
+
+
+def _walk(
+    context: StageContext,
+) -> tuple[Gatekeeper, dict[str, float], dict[str, dict[str, object]], TokenBias | None]:
+    """Base evaluation, then each stage with its evaluation and verdict."""
+    recipe = context.recipe
+    seconds: dict[str, float] = {}
+    facts: dict[str, dict[str, object]] = {}
+    gatekeeper = Gatekeeper(context, _judge(recipe), GateRules(**recipe.gate.rules))
+    if recipe.evaluation.baseline:
+        started = time.perf_counter()
+        gatekeeper.evaluate(BASE, "base-0", context.base_folder)
+        seconds["evaluate base"] = time.perf_counter() - started
+    policy, token_bias = context.base_folder, None
+    for name, stage in recipe.stages.items():
+        result = _resumed(context, name) or _run_stage(name, stage, policy, context)
+        seconds[name], facts[name] = result.seconds, result.facts
+        policy, bias_file = result.model_folder, None
+        state = ALIGNED
+        if result.token_bias is not None:
+            token_bias, state = result.token_bias, TSDI
+            bias_file = context.stage_dir(name) / TOKEN_BIAS_FILE
+        if stage.evaluate:
+            started = time.perf_counter()
+            label = f"{name}-{result.facts.get('num_steps', 0)}"
+            gatekeeper.evaluate(state, label, policy, token_bias=result.token_bias)
+            verdict = gatekeeper.decide(state, label, policy, bias_file)
+            seconds[f"evaluate {name}"] = time.perf_counter() - started
+            say(f"{name}: gate says {verdict.verdict.value}")
+    return gatekeeper, seconds, facts, token_bias
+
+
+def _run_stage(
+    name: str, stage: PreferenceStageConfig | TokenBiasStageConfig, policy: str, context: StageContext
+) -> StageResult:
+    if isinstance(stage, PreferenceStageConfig):
+        result = run_preference(name, stage, policy, context)
+    else:
+        result = run_token_bias(name, stage, policy, context)
+    if PartialState().is_main_process:
+        done = {"model_folder": result.model_folder, "seconds": result.seconds, "facts": result.facts}
+        path = context.stage_dir(name) / "done.json"
+        aside = path.with_name(".done.json")
+        aside.write_text(json.dumps(done, indent=1) + "\n")
+        aside.replace(path)  # the last file written: a stage without it is run again
+        shutil.rmtree(context.stage_dir(name) / "checkpoints", ignore_errors=True)
+    PartialState().wait_for_everyone()
+    return result
+
+
+def _resumed(context: StageContext, name: str) -> StageResult | None:
+    """What a finished stage of an earlier, interrupted run left."""
+    path = context.stage_dir(name) / "done.json"
+    if not path.exists():
+        return None
+    done = json.loads(path.read_text())
+    bias = context.stage_dir(name) / TOKEN_BIAS_FILE
+    say(f"{name}: finished before, kept")
+    return StageResult(
+        done["model_folder"], done["seconds"], done["facts"], TokenBias.load(bias) if bias.exists() else None
+    )
+
+
+def _judge(recipe: Recipe) -> Judge:
+    # One judge so far; further ones are further branches, or a table when there are many.
+    if recipe.judge.name != "embedded":
+        raise RecipeError(f"judge.name: found {recipe.judge.name!r}, possible: embedded")
+    return EmbeddedJudge.load(batch_size=recipe.judge.batch_size)
+
+
+def _base_folder(recipe: Recipe, state: PartialState) -> str:
+    """Resolve the starting model once: rank 0 converts or fetches, the others find it done."""
+    with state.main_process_first():
+        return resolve_model(recipe.model.id, recipe.model.revision, notify=say)
+
+
+def _logger(tracker: Tracker | None) -> Callable[[Mapping[str, float], int, str], None]:
+    def log(metrics: Mapping[str, float], step: int, stage: str) -> None:
+        if tracker is not None:
+            tracker.log(metrics, step, stage)
+
+    return log
+
+
+def _claim(run_dir: Path, recipe: Recipe) -> None:
+    """Write the resolved recipe, or compare it with the one the folder was made for."""
+    path = run_dir / "recipe.yaml"
+    mine = asdict(recipe)
+    if path.exists():
+        theirs = yaml.safe_load(path.read_text())
+        differing = sorted(_different(theirs, mine))
+        if differing:
+            raise RecipeError(
+                f"{run_dir} holds a run of another recipe; these keys differ: {', '.join(differing)}. Give this one "
+                "another name or seed (name=…, seed=…, output_dir=…), or remove the folder."
+            )
+        say(f"{run_dir}: going on with what is there")
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+
+
+def _different(a: Any, b: Any, prefix: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [f"{prefix}.{k}".lstrip(".") for k in a.keys() ^ b.keys()]
+        for key in a.keys() & b.keys():
+            keys += _different(a[key], b[key], f"{prefix}.{key}".lstrip("."))
+        return keys
+    ignored = prefix.startswith("tracking") or prefix in ("dry_run", "output_dir")
+    return [] if a == b or ignored else [prefix]
+
+
+def _finish(
+    context: StageContext,
+    gatekeeper: Gatekeeper,
+    seconds: dict[str, float],
+    facts: dict[str, dict[str, object]],
+    token_bias: TokenBias | None,
+    exit_code: int,
+) -> dict[str, Any]:
+    """Write summary.json and report.html, print the table; returns the summary."""
+    recipe, run_dir = context.recipe, context.run_dir
+    base = gatekeeper.reports.get(BASE)
+    names = load_taxonomy().names
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    summary: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "states": {
+            state: report.summary(base if state != BASE else None) for state, report in gatekeeper.reports.items()
+        },
+        "gate": {state: result.to_dict() for state, result in gatekeeper.verdicts.items()},
+        "verdict": _last_verdict(gatekeeper.verdicts),
+        "promoted": gatekeeper.promoted,
+        "exit_code": exit_code,
+        "stages": facts,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "peak_memory_bytes": peak,
+    }
+    _write_json(run_dir / "summary.json", summary)
+    if gatekeeper.reports:
+        rows = None
+        if token_bias is not None:
+            _, tokenizer = load_policy(recipe.model, context.base_folder)
+            rows = token_bias.top_tokens(tokenizer)
+        write_report(
+            run_dir / "report.html",
+            gatekeeper.reports,
+            gatekeeper.verdicts,
+            rows,
+            (run_dir / "recipe.yaml").read_text(),
+            f"{recipe.name}, seed {recipe.seed}",
+            provenance(context),
+            category_names=names,
+        )
+        console.print(category_table(gatekeeper.reports, names))
+    for state, result in gatekeeper.verdicts.items():
+        say(f"gate, {state}: {result.verdict.value}")
+    say(f"promoted: {gatekeeper.promoted or 'nothing'}")
+    say(f"report: {run_dir / 'report.html'}")
+    return summary
+
+
+def _last_verdict(verdicts: Mapping[str, GateResult]) -> str | None:
+    return list(verdicts.values())[-1].verdict.value if verdicts else None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def provenance(context: StageContext) -> dict[str, str]:
+    """What a reader needs to do it again: versions, model, data."""
+    packages = ("equipoise", "torch", "transformers", "trl", "peft", "accelerate")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    found["model"] = context.recipe.model.id
+    found["model revision"] = context.recipe.model.revision or "default"
+    found["data"] = context.data.summary()
+    found["training pairs (hash)"] = _data_hash(context.data)
+    return found
+
+
+def _data_hash(data: SafetyData) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for pair in [*data.safety_pairs, *data.helpful_pairs]:
+        digest.update(repr((pair.prompt, pair.chosen, pair.rejected, pair.category)).encode())
+    return digest.hexdigest()

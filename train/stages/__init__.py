@@ -1,0 +1,1 @@
+"""One file a stage: policy folder in, policy folder out."""
