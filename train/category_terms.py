@@ -16,7 +16,7 @@ class CategoryTerms:
     """Margin, weight and multiplier of every harm category; `helpful` pairs stay neutral."""
 
     def __init__(self, config: CategoryConfig, category_names: Sequence[str], draws: Sequence[str]) -> None:
-        """category_names: all of the stage, in the order of the batches' `category_index`; draws: one a training row."""
+        """category_names: all of the stage, in the order of `category_index`; draws: one category a training row."""
         self.config = config
         harm = [name for name in category_names if name != HELPFUL]
         self.state = CategoryState.from_pairs(list(draws), harm)
@@ -54,7 +54,10 @@ class CategoryTerms:
         seen = torch.zeros(num, dtype=torch.float64).index_add(
             0, slots, torch.ones(len(slots), dtype=torch.float64)
         )
-        wrong = (table["h"][harm] <= 0).double()
+        h = table["h"][harm]
+        wrong = (h < 0).double() + 0.5 * (
+            h == 0
+        ).double()  # a tie, as before the first step, is half an error
         self._errors = self._errors.index_add(0, slots, wrong)
         self._counts = self._counts + seen
         if self.config.weight.mode == "group_dro" and num:

@@ -76,7 +76,7 @@ def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
         **kwargs: Any,
     ) -> Any:
         """completion_index (N,): positions in the flattened (B * T) whose state predicts completion_targets (N,)."""
-        if completion_index is None:
+        if completion_index is None or completion_targets is None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
         kwargs.pop("labels", None)

@@ -116,6 +116,7 @@ class PairCollator:
     two_rows: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate; see the class."""
         rows: list[list[tuple[int, list[int]]]] = []  # a row: [(sequence, tokens) ...] behind one prompt
         prompts: list[list[int]] = []
         for b, example in enumerate(examples):

@@ -226,6 +226,8 @@ class TokenBiasStageConfig:
     """The file of `pool: file`."""
     prompt_tokens: int = 16
     """Tokens of a random prompt."""
+    continuation: str = "random"
+    """What stands before position i: random (tokens of the pool) | aligned (sampled by the trained model)."""
     space: str = "log_prob"
     """What is averaged and corrected: log_prob | logit."""
     plausibility: float = 0.0

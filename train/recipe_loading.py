@@ -72,7 +72,7 @@ def _fill_stages(stages: object, problems: Problems) -> dict[str, Any]:
         path = f"stages.{name}"
         if not isinstance(values, Mapping) or "kind" not in values:
             problems.add(f"{path}.kind", f"has to be given; possible: {', '.join(STAGES)}")
-        elif values["kind"] not in STAGES:
+        elif str(values["kind"]) not in STAGES:
             problems.one_of(f"{path}.kind", str(values["kind"]), STAGES)
         else:
             filled[str(name)] = _fill(STAGES[values["kind"]], values, f"{path}.", problems)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import shutil
@@ -12,10 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from transformers.utils import logging as transformers_logging
 
 from equipoise.data.sources import SafetyData, load_data
 from equipoise.data.taxonomy import load_taxonomy
@@ -48,6 +51,7 @@ def run(recipe: Recipe) -> int:
     Everything lands in `<output_dir>/<name>/seed<seed>/`. The same recipe run again goes on where it stopped; another
     recipe in the same folder is refused (RecipeError).
     """
+    _quiet_libraries()
     state = PartialState(cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
     data = load_data(recipe.data.source, recipe.data.path, recipe.data.held_out_fraction, recipe.seed)
@@ -84,6 +88,14 @@ def run(recipe: Recipe) -> int:
             tracker.finish(exit_code, summary)
     state.wait_for_everyone()
     return exit_code
+
+
+def _quiet_libraries() -> None:
+    """The run draws its own progress; other libraries' bars would tear it."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so
 
 
 def final_exit_code(gatekeeper: Gatekeeper) -> int:
@@ -214,13 +226,14 @@ def _finish(
     """Write summary.json and report.html, print the table; returns the summary."""
     recipe, run_dir = context.recipe, context.run_dir
     base = gatekeeper.reports.get(BASE)
-    names = load_taxonomy().names
+    names = {category.id: category.name for category in load_taxonomy()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
         "states": {
-            state: report.summary(base if state != BASE else None) for state, report in gatekeeper.reports.items()
+            state: report.summary(base if state != BASE else None)
+            for state, report in gatekeeper.reports.items()
         },
         "gate": {state: result.to_dict() for state, result in gatekeeper.verdicts.items()},
         "verdict": _last_verdict(gatekeeper.verdicts),

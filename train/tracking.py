@@ -39,7 +39,7 @@ class Tracker:
             self._start_wandb(run_dir, config, _without_secrets(recipe_dict))
 
     def log(self, metrics: Mapping[str, float | int | str], step: int, stage: str) -> None:
-        """Record `metrics` at optimizer step `step` of `stage`; a value that is not finite becomes "NaN" or the like."""
+        """Record `metrics` at optimizer step `step` of `stage`; values that are not finite become texts, "NaN"."""
         values = {name: _plain(value) for name, value in metrics.items()}
         self._write({"stage": stage, "step": step, **values})
         if self._wandb is not None:

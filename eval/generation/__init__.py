@@ -1,0 +1,1 @@
+"""Answering prompts: transformers in batches, and TSDI."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.schema import Turn
 
@@ -51,3 +51,18 @@ def base_of(model: Any) -> PreTrainedModel:
     `PeftModel.generate` overwrites the base's generation config; the base's own `generate` does not.
     """
     return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+@contextmanager
+def decoding_by(base: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Make `base.generate` follow `config` and nothing else.
+
+    The model's own config is replaced, not overridden: `generate` fills whatever an override leaves open
+    from it, and a repetition penalty some model ships with would quietly change what is measured.
+    """
+    original = base.generation_config
+    base.generation_config = config
+    try:
+        yield
+    finally:
+        base.generation_config = original

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from equipoise.data.errors import DataError
 from equipoise.data.schema import Turn
-from equipoise.eval.generation.batches import base_of, encode_prompts, inference, left_pad
+from equipoise.eval.generation.batches import base_of, decoding_by, encode_prompts, inference, left_pad
 from equipoise.eval.generation.tsdi import TokenBias, TSDILogitsProcessor
 
 Progress = Callable[[int, int, str], None]
@@ -85,7 +85,7 @@ def generate(
     # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     generations: dict[int, Generation] = {}
-    with inference(model), _own_config(base, tokenizer, ends, settings), _seeded(base, settings):
+    with inference(model), decoding_by(base, _config(tokenizer, ends, settings)), _seeded(base, settings):
         for start in range(0, len(order), settings.batch_size):
             batch = order[start : start + settings.batch_size]
             input_ids, attention_mask = left_pad(
@@ -136,30 +136,20 @@ def _check_lengths(rows: list[list[int]], settings: GenerationSettings, context:
         )
 
 
-@contextmanager
-def _own_config(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int], settings: GenerationSettings
-) -> Iterator[None]:
-    """Decode by our settings alone.
-
-    The model's config is replaced, not overridden: `generate` fills whatever an override leaves open from
-    it, and a repetition penalty some model ships with would quietly change what is measured.
-    """
-    config = GenerationConfig(
+def _config(
+    tokenizer: PreTrainedTokenizerBase, ends: set[int], settings: GenerationSettings
+) -> GenerationConfig:
+    sampling: dict[str, Any] = {}
+    if settings.temperature > 0:
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,  # training switches it off in the model's config
         do_sample=settings.temperature > 0,
+        **sampling,
     )
-    if settings.temperature > 0:
-        config.update(temperature=settings.temperature, top_p=settings.top_p, top_k=0)
-    original = base.generation_config
-    base.generation_config = config
-    try:
-        yield
-    finally:
-        base.generation_config = original
 
 
 @contextmanager

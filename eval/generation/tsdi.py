@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from equipoise.data.random_prompts import POOLS, Pool, random_continuations, random_prompts
-from equipoise.eval.generation.batches import base_of, encode_prompts, inference, left_pad
+from equipoise.eval.generation.batches import base_of, decoding_by, encode_prompts, inference, left_pad
 from equipoise.eval.models import ModelError
 
 FORMAT = "equipoise.token_bias.1"
@@ -208,7 +208,12 @@ def estimate_token_bias(
             "The token bias needs a reference: give the model that training started from, "
             "or a LoRA-wrapped model, whose adapter can be switched off."
         )
-    draw = {"pool": settings.pool, "words": words, "path": settings.path, "seed": settings.seed}
+    draw: dict[str, Any] = {
+        "pool": settings.pool,
+        "words": words,
+        "path": settings.path,
+        "seed": settings.seed,
+    }
     prompts = random_prompts(tokenizer, settings.num_prompts, settings.prompt_tokens, **draw)
     rows = encode_prompts(tokenizer, prompts)
     drawn = random_continuations(tokenizer, settings.num_prompts, settings.num_positions, **draw)
@@ -287,16 +292,12 @@ def _sampled(
         max_new_tokens=settings.num_positions,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
+        use_cache=True,  # training switches it off in the model's config
     )
-    original = base.generation_config
-    base.generation_config = config
-    try:
-        with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
-            torch.manual_seed(settings.seed + start)
-            output = base.generate(input_ids=input_ids, attention_mask=attention_mask)
-    finally:
-        base.generation_config = original
+    devices = [base.device] if base.device.type == "cuda" else []
+    with decoding_by(base, config), torch.random.fork_rng(devices):
+        torch.manual_seed(settings.seed + start)
+        output = base.generate(input_ids=input_ids, attention_mask=attention_mask)
     return output[:, input_ids.shape[1] :]
 
 

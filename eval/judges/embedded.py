@@ -89,6 +89,7 @@ class HiddenFeatures:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FeatureSettings
     ) -> None:
+        assert not model.training, "hidden states are read in eval mode"
         self.settings = settings
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint(model)
@@ -98,7 +99,8 @@ class HiddenFeatures:
             raise JudgeError(
                 f"layers {self._layers} asked for, but the model has {model.config.num_hidden_layers}."
             )
-        self._backbone = _truncated(model.get_decoder(), self._layers[-1])
+        self._device = model.device
+        self._backbone, self._blocks = _truncated(model.get_decoder(), self._layers[-1])
         self._start, self._end = (self._control_token(token) for token in ("<|im_start|>", "<|im_end|>"))
         self._footer = [self._end, *self._plain("\n")]
 
@@ -150,7 +152,7 @@ class HiddenFeatures:
 
             return hook
 
-        hooks = [self._backbone.layers[n - 1].register_forward_hook(capture(n)) for n in self._layers]
+        hooks = [self._blocks[n - 1].register_forward_hook(capture(n)) for n in self._layers]
         try:
             order = sorted(range(len(items)), key=lambda i: len(items[i].ids), reverse=True)
             for start in range(0, len(order), batch_size):
@@ -187,7 +189,7 @@ class HiddenFeatures:
     def _pad(self, sequences: Sequence[list[int]]) -> Tensor:
         rows = [torch.tensor(ids) for ids in sequences]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._end)
-        return padded.to(self._backbone.device)
+        return padded.to(self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,12 +295,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _truncated(decoder: nn.Module, num_layers: int) -> nn.Module:
-    """The decoder with its first `num_layers` blocks: shares all weights and leaves the original as it was."""
+def _truncated(decoder: nn.Module, num_layers: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder with its first `num_layers` blocks, and those; shares all weights, leaves the original as it was."""
+    blocks = nn.ModuleList(decoder.get_submodule("layers").children())[:num_layers]
     shallow = copy.copy(decoder)
-    shallow._modules = dict(decoder._modules)
-    shallow.layers = decoder.layers[:num_layers]
-    return shallow.eval()
+    shallow._modules = {**decoder._modules, "layers": blocks}
+    return shallow, blocks
 
 
 def _read_record(path: Path) -> dict:

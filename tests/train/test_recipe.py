@@ -214,6 +214,7 @@ def test_gate_rules_are_checked_by_the_gate_itself() -> None:
 STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
     ({"kind": "sft"}, "kind", "found 'sft', possible: preference, token_bias"),
     ({"kind": None}, "kind", "found 'None', possible"),
+    ({"kind": ["preference"]}, "kind", "found \"['preference']\", did you mean"),
     ({"mixture": {"harm": 1}}, "mixture.harm", "unknown key; possible: safety, helpful"),
     ({"mixture": {"safety": 0}}, "mixture", "every share is 0"),
     ({"mixture": {"safety": 1, "helpful": -1}}, "mixture.helpful", "found -1.0, expected at least 0"),

@@ -8,9 +8,10 @@ plain DPO while every category is as good as its target:
     multiplier  nu_c      beta_c = beta / exp(nu_c);       nu_c <- clip(nu_c + eta (u_c - tau), -max, max)
 
 u_c is the unsafe rate of c in the last evaluation, shrunk toward the overall rate; between evaluations, a running
-average of in-batch preference errors (pairs with h <= 0). Pairs of a category that is not in the list (`helpful`)
-keep the neutral values. Margin: the idea is Cat-DPO's (2604.17299), whose exact update is not public here; group
-DRO: Sagawa et al. 1911.08731, algorithm 1; the multiplier is SACPO's lambda (2404.11049), one a category.
+average of in-batch preference errors (pairs with h < 0; a tie is half a one). Pairs of a category that is not in
+the list (`helpful`) keep the neutral values. Margin: the idea is Cat-DPO's (2604.17299), whose exact update is not
+public here; group DRO: Sagawa et al. 1911.08731, algorithm 1; the multiplier is SACPO's lambda (2404.11049), one a
+category.
 """
 
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ def update_error(
 ) -> None:
     """Fold in-batch preference errors into u_c: u_c <- ema * u_c + (1 - ema) * shrunk rate of the window.
 
-    error_sum, count (C,): pairs with h <= 0 and pairs seen since the last update, over all ranks. A category unseen
+    error_sum, count (C,): pairs with h < 0 and pairs seen since the last update, over all ranks. A category unseen
     in the window keeps its u_c.
     """
     total = float(count.sum())

@@ -38,7 +38,7 @@ def selected_log_probs(
             for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return torch.cat(parts) if parts else _no_tokens(hidden)
-    return _FrozenHeadLogProbs.apply(hidden, weight, bias, targets, scale, softcap, chunk)  # type: ignore[no-any-return]
+    return _FrozenHeadLogProbs.apply(hidden, weight, bias, targets, scale, softcap, chunk)
 
 
 def token_kl(
@@ -66,7 +66,7 @@ def token_kl(
             for h, r in zip(hidden.split(chunk), ref_hidden.split(chunk), strict=True)
         ]
         return torch.cat(parts) if parts else _no_tokens(hidden)
-    return _FrozenHeadKL.apply(hidden, ref_hidden, weight, bias, ref_weight, scale, softcap, estimator, chunk)  # type: ignore[no-any-return]
+    return _FrozenHeadKL.apply(hidden, ref_hidden, weight, bias, ref_weight, scale, softcap, estimator, chunk)
 
 
 def _no_tokens(hidden: Tensor) -> Tensor:

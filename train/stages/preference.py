@@ -143,7 +143,7 @@ def _is_frozen(trainer: PreferenceTrainer, recipe: Recipe) -> bool:
 
 def _frozen(policy: str, recipe: Recipe) -> torch.nn.Module:
     model, _ = load_policy(recipe.model, policy)
-    return model.requires_grad_(False)  # type: ignore[no-any-return]
+    return model.requires_grad_(False)
 
 
 def _contexts(

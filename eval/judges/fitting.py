@@ -1,0 +1,175 @@
+"""Fit a head of the embedded judge on labelled answers, and measure it on answers it has not seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from equipoise.data.schema import Turn
+from equipoise.data.sources import normalise_prompt
+from equipoise.eval.judges.calibration import calibration_entry
+from equipoise.eval.judges.embedded import Head
+
+INVERSE_PENALTY = 1e-3
+"""scikit-learn's C, on standardised features."""
+PHRASE_SCALE = {"unsafe": 5.0, "refusal": 20.0}
+"""The phrase indicator counts as this many standard deviations: the penalty would shrink it to nothing otherwise."""
+NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled answer; a label nobody gave is None."""
+
+    prompt: tuple[Turn, ...]
+    response: str
+    unsafe: bool | None
+    refusal: bool | None
+
+    def label(self, head: str) -> bool | None:
+        """The label that `head` learns."""
+        return self.unsafe if head == "unsafe" else self.refusal
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one origin; sources weigh the same in the fit, whatever their size."""
+
+    name: str
+    rows: list[Row]
+
+    def labels(self, head: str) -> tuple[NDArray, NDArray]:
+        """Indices of the rows with a label for `head`, and those labels."""
+        known = [(i, row.label(head)) for i, row in enumerate(self.rows) if row.label(head) is not None]
+        return np.array([i for i, _ in known], dtype=int), np.array([label for _, label in known], dtype=bool)
+
+    def prompts(self) -> list[str]:
+        """The rows' normalised prompts: what two sources must not share if one is to test the other."""
+        return [normalise_prompt(row.prompt) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the heads see of a source: hidden states `(N, F)` and the phrase indicator `(N,)`."""
+
+    hidden: NDArray
+    phrase: NDArray
+
+
+Part = tuple[Features, NDArray, NDArray]
+"""Features of a source, the row indices to use, and their labels."""
+
+
+def fit_head(parts: Sequence[Part], phrase_scale: float) -> Head:
+    """A logistic regression in which every source, and in it either label, weighs the same."""
+    hidden = np.concatenate([features.hidden[rows] for features, rows, _ in parts])
+    phrase = np.concatenate([features.phrase[rows] for features, rows, _ in parts])
+    label = np.concatenate([labels for _, _, labels in parts])
+    weight = np.concatenate(
+        [np.where(y, 0.5 / max(y.mean(), 1e-9), 0.5 / max(1 - y.mean(), 1e-9)) / len(y) for *_, y in parts]
+    )
+    mean, deviation = hidden.mean(axis=0), hidden.std(axis=0) + 1e-6
+    design = np.hstack([(hidden - mean) / deviation, phrase_scale * phrase[:, None]])
+    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000)
+    model.fit(design, label, sample_weight=weight * len(label) / len(parts))
+    coefficients = model.coef_[0]
+    raw = coefficients[:-1] / deviation
+    return Head(
+        weight=torch.tensor(raw, dtype=torch.float32),
+        bias=float(model.intercept_[0] - raw @ mean),
+        phrase_weight=float(coefficients[-1] * phrase_scale),
+        threshold=0.5,
+    )
+
+
+def predict(head: Head, features: Features, rows: NDArray) -> NDArray:
+    """Probabilities `(len(rows),)` of the rows of `features` with these indices."""
+    hidden, phrase = torch.tensor(features.hidden[rows]).float(), torch.tensor(features.phrase[rows]).float()
+    return head.probabilities(hidden, phrase).double().numpy()
+
+
+def best_threshold(results: Sequence[tuple[NDArray, NDArray]]) -> float:
+    """The threshold with the highest mean over sources of sensitivity and specificity, out of fold."""
+    grid = np.arange(0.05, 0.951, 0.01)
+    values = [np.mean([_mean_rate(y, p, threshold) for y, p in results]) for threshold in grid]
+    return float(round(grid[int(np.argmax(values))], 2))
+
+
+def _mean_rate(label: NDArray, score: NDArray, threshold: float) -> float:
+    """The mean of sensitivity and specificity, or the one of them that the labels allow."""
+    rates = [hits.mean() for hits in (score[label] >= threshold, score[~label] < threshold) if len(hits)]
+    return float(np.mean(rates))
+
+
+def out_of_fold(sources: Sequence[Source], parts: Sequence[Part], phrase_scale: float) -> list[NDArray]:
+    """Probabilities for each source's labelled rows by heads that saw no row with the same prompt."""
+    named = [source.prompts() for source in sources]
+    prompts = [names[i] for names, (_, rows, _) in zip(named, parts, strict=True) for i in rows]
+    ids = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = np.array([ids[prompt] for prompt in prompts])
+    owner = np.concatenate([np.full(len(rows), n) for n, (_, rows, _) in enumerate(parts)])
+    position = np.concatenate([np.arange(len(rows)) for _, rows, _ in parts])
+    found = [np.zeros(len(rows)) for _, rows, _ in parts]
+    for inside, outside in GroupKFold(NUM_FOLDS).split(groups, groups=groups):
+        chosen = [position[inside][owner[inside] == n] for n in range(len(parts))]
+        kept = [(f, rows[k], y[k]) for (f, rows, y), k in zip(parts, chosen, strict=True) if len(k)]
+        head = fit_head(kept, phrase_scale)
+        for n, (features, rows, _) in enumerate(parts):
+            here = position[outside][owner[outside] == n]
+            if len(here):
+                found[n][here] = predict(head, features, rows[here])
+    return found
+
+
+def fit_and_measure(
+    head_name: str, fitted: Sequence[tuple[Source, Features]], measured: Sequence[tuple[Source, Features]]
+) -> tuple[Head, list[dict[str, object]]]:
+    """Fit one head; measure it by cross-validation, without each source in turn, and on sets never fitted on.
+
+    No measurement uses a head that was fitted on the same prompt, in whatever source. The threshold is chosen on
+    the out-of-fold probabilities of all fitted sources.
+    """
+    scale = PHRASE_SCALE[head_name]
+    usable = [(source, (features, *source.labels(head_name))) for source, features in fitted]
+    usable = [(source, part) for source, part in usable if len(part[1])]
+    folds = out_of_fold([source for source, _ in usable], [part for _, part in usable], scale)
+    threshold = best_threshold([(labels, p) for (_, (_, _, labels)), p in zip(usable, folds, strict=True)])
+
+    entries = []
+    for (source, (features, rows, labels)), fold in zip(usable, folds, strict=True):
+        protocol = f"{NUM_FOLDS}-fold by prompt"
+        entries.append(calibration_entry(source.name, head_name, protocol, True, labels, fold, threshold))
+        others = [
+            _without(other, part, set(source.prompts())) for other, part in usable if other is not source
+        ]
+        others = [part for part in others if len(part[1])]
+        if others:
+            found = predict(fit_head(others, scale), features, rows)
+            protocol = "fitted without it"
+            entries.append(
+                calibration_entry(source.name, head_name, protocol, False, labels, found, threshold)
+            )
+
+    head = replace(fit_head([part for _, part in usable], scale), threshold=threshold)
+    seen = {prompt for source, _ in usable for prompt in source.prompts()}
+    for source, features in measured:
+        _, rows, labels = _without(source, (features, *source.labels(head_name)), seen)
+        if len(rows):
+            found = predict(head, features, rows)
+            protocol = "never fitted on"
+            entries.append(
+                calibration_entry(source.name, head_name, protocol, False, labels, found, threshold)
+            )
+    return head, entries
+
+
+def _without(source: Source, part: Part, excluded: set[str]) -> Part:
+    """The rows of `part` whose prompt is not among `excluded`."""
+    features, rows, labels = part
+    prompts = source.prompts()
+    kept = np.array([prompts[i] not in excluded for i in rows], dtype=bool)
+    return features, rows[kept], labels[kept]
