@@ -70,7 +70,7 @@ def _preference_row(
     name: str,
 ) -> tuple[list[str], float]:
     pairs = select_pairs({"safety": data.safety_pairs, "helpful": data.helpful_pairs}, stage.mixture)
-    encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)  # type: ignore[arg-type]
+    encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)
     world = PartialState().num_processes
     micro = stage.per_device_batch_size
     rows, names, num_steps = draw(

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.category_report import CategoryReport, ReportError
 from equipoise.eval.evaluator import EvaluationSettings, evaluate
 from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
 from equipoise.eval.generation.engine import GenerationSettings
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
+from equipoise.eval.report import write_report
 from equipoise.train.model import default_device, load_policy, save_folder
+from equipoise.train.provenance import provenance
 from equipoise.train.recipe import Recipe
 from equipoise.train.stages.context import StageContext
 
@@ -67,7 +70,24 @@ class Gatekeeper:
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
         context.log(_metrics(report), 0, label)
+        if state == BASE:
+            self._write_html(state, label)
         return report
+
+    def _write_html(self, state: str, label: str) -> None:
+        if not PartialState().is_main_process:
+            return
+        context = self.context
+        write_report(
+            context.run_dir / "eval" / label / "report.html",
+            {name: self.reports[name] for name in (BASE, state) if name in self.reports},
+            {state: self.verdicts[state]} if state in self.verdicts else {},
+            None,
+            (context.run_dir / "recipe.yaml").read_text(),
+            f"{context.recipe.name}, {label}",
+            provenance(context.recipe, context.data),
+            category_names={category.id: category.name for category in load_taxonomy()},
+        )
 
     def decide(
         self, state: str, label: str, model_folder: str, token_bias_file: Path | None = None
@@ -75,6 +95,7 @@ class Gatekeeper:
         """Gate the state's report against the base; a PASS is promoted, anything else is not."""
         result = gate(self.reports[state], self.reports.get(BASE), self.rules)
         self.verdicts[state] = result
+        self._write_html(state, label)
         passed = result.verdict is GateVerdict.PASS
         if passed:
             self.promoted = state

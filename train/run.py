@@ -1,15 +1,14 @@
 """Run a recipe: data, then the stages one after the other, each judged and gated, then the report."""
 
-import hashlib
 import json
 import os
 import platform
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
-from equipoise.data.sources import SafetyData, load_data
+from equipoise.data.sources import load_data
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
@@ -32,6 +31,7 @@ from equipoise.eval.terminal_table import category_table
 from equipoise.train.dry_run import plan
 from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
+from equipoise.train.provenance import provenance
 from equipoise.train.recipe import (
     PreferenceStageConfig,
     Recipe,
@@ -94,6 +94,10 @@ def _quiet_libraries() -> None:
     """The run draws its own progress; other libraries' bars would tear it."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
+    # PEFT and TRL still ask transformers by the old name.
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so
 
@@ -256,7 +260,7 @@ def _finish(
             rows,
             (run_dir / "recipe.yaml").read_text(),
             f"{recipe.name}, seed {recipe.seed}",
-            provenance(context),
+            provenance(recipe, context.data),
             category_names=names,
         )
         console.print(category_table(gatekeeper.reports, names))
@@ -275,26 +279,3 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(path)
-
-
-def provenance(context: StageContext) -> dict[str, str]:
-    """What a reader needs to do it again: versions, model, data."""
-    packages = ("equipoise", "torch", "transformers", "trl", "peft", "accelerate")
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    found["model"] = context.recipe.model.id
-    found["model revision"] = context.recipe.model.revision or "default"
-    found["data"] = context.data.summary()
-    found["training pairs (hash)"] = _data_hash(context.data)
-    return found
-
-
-def _data_hash(data: SafetyData) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for pair in [*data.safety_pairs, *data.helpful_pairs]:
-        digest.update(repr((pair.prompt, pair.chosen, pair.rejected, pair.category)).encode())
-    return digest.hexdigest()

@@ -18,7 +18,11 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+console = Console(
+    highlight=False,
+    quiet=os.environ.get("RANK", "0") != "0",
+    width=None if sys.stdout.isatty() else 120,  # a log file has no width of its own
+)
 """Standard output; tables and messages go through it, so that they stay above a bar that is being drawn."""
 
 

@@ -1,0 +1,1 @@
+"""One file a suite: which prompts, which score."""

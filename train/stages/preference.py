@@ -172,7 +172,7 @@ def _arguments(stage: PreferenceStageConfig, recipe: Recipe, folder: Path, num_s
         bf16=recipe.model.dtype == "bfloat16",
         fp16=False,
         use_cpu=on_cpu,
-        gradient_checkpointing=recipe.model.gradient_checkpointing,
+        activation_checkpointing=recipe.model.gradient_checkpointing,
         seed=recipe.seed,
         data_seed=recipe.seed,
         train_sampling_strategy="sequential",  # `order_pairs` has done it

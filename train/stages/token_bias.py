@@ -17,7 +17,7 @@ def settings_of(stage: TokenBiasStageConfig) -> TSDISettings:
         num_prompts=stage.num_prompts,
         num_positions=stage.num_positions,
         alpha=stage.alpha,
-        pool=stage.pool,
+        pool=stage.pool,  # type: ignore[arg-type]
         path=stage.path,
         prompt_tokens=stage.prompt_tokens,
         continuation=stage.continuation,  # type: ignore[arg-type]
