@@ -1,12 +1,16 @@
 """Evaluate a model state, gate it, and promote it or not; the run's memory of verdicts."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.category_report import CategoryReport, ReportError
@@ -16,7 +20,7 @@ from equipoise.eval.generation.engine import GenerationSettings
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
-from equipoise.train.model import default_device, load_policy, save_folder
+from equipoise.train.model import default_device, load_policy, merged, save_folder, save_policy
 from equipoise.train.provenance import provenance
 from equipoise.train.recipe import Recipe
 from equipoise.train.stages.context import StageContext
@@ -40,16 +44,26 @@ class Gatekeeper:
     """State whose model is in `promoted/`."""
 
     def evaluate(
-        self, state: str, label: str, model_folder: str, token_bias: TokenBias | None = None
+        self,
+        state: str,
+        label: str,
+        model_folder: str,
+        token_bias: TokenBias | None = None,
+        loaded: tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase] | None = None,
     ) -> CategoryReport:
-        """Report of one state under `eval/<label>/`; an existing report of the same settings is read instead."""
+        """Report of one state under `eval/<label>/`; a report that is there already is read instead.
+
+        The model is loaded from `model_folder` unless it is given as `loaded` (in the middle of training).
+        """
         context = self.context
         settings = evaluation_settings(context.recipe)
         path = context.run_dir / "eval" / label / "report.json"
         report = _existing(path)
+        new = report is None
         if report is None:
-            model, tokenizer = load_policy(context.recipe.model, model_folder)
-            model.to(default_device())
+            model, tokenizer = loaded or load_policy(context.recipe.model, model_folder)
+            if loaded is None:
+                model.to(default_device())
             report = evaluate(
                 model,
                 tokenizer,
@@ -69,10 +83,19 @@ class Gatekeeper:
             PartialState().wait_for_everyone()
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
-        context.log(_metrics(report), 0, label)
+        if new:
+            context.log(_metrics(report), 0, label)
         if state == BASE:
             self._write_html(state, label)
         return report
+
+    def _record(self, verdict: dict[str, Any]) -> None:
+        """Append to gate.jsonl, but for a verdict that an interrupted run has written already."""
+        path = self.context.run_dir / "gate.jsonl"
+        line = json.dumps(verdict, ensure_ascii=False)
+        if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def _write_html(self, state: str, label: str) -> None:
         if not PartialState().is_main_process:
@@ -89,10 +112,21 @@ class Gatekeeper:
             category_names={category.id: category.name for category in load_taxonomy()},
         )
 
+    def inside_stage(
+        self, name: str, step: int, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Evaluate and gate a model in the middle of its training (`gate.every`); a PASS is promoted."""
+        label = f"{name}-{step}"
+        self.evaluate(ALIGNED, label, label, loaded=(model, tokenizer))
+        result = self.decide(ALIGNED, label, None)
+        if result.verdict is GateVerdict.PASS and PartialState().is_main_process:
+            save_policy(merged(copy.deepcopy(model)), tokenizer, self.context.run_dir / "promoted")
+        PartialState().wait_for_everyone()
+
     def decide(
-        self, state: str, label: str, model_folder: str, token_bias_file: Path | None = None
+        self, state: str, label: str, model_folder: str | None, token_bias_file: Path | None = None
     ) -> GateResult:
-        """Gate the state's report against the base; a PASS is promoted, anything else is not."""
+        """Gate the state's report against the base; a PASS with a `model_folder` is copied to `promoted/`."""
         result = gate(self.reports[state], self.reports.get(BASE), self.rules)
         self.verdicts[state] = result
         self._write_html(state, label)
@@ -100,10 +134,9 @@ class Gatekeeper:
         if passed:
             self.promoted = state
         if PartialState().is_main_process:
-            if passed:
+            if passed and model_folder is not None:
                 promote(Path(model_folder), token_bias_file, self.context.run_dir / "promoted")
-            with (self.context.run_dir / "gate.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"label": label, "promoted": passed, **result.to_dict()}) + "\n")
+            self._record({"label": label, "promoted": passed, **result.to_dict()})
         PartialState().wait_for_everyone()
         return result
 

@@ -1,12 +1,13 @@
-"""Preference pairs as batches: one row a pair, `[prompt | chosen | rejected]`, the prompt encoded once.
+"""Preference pairs as batches: a pair is one stretch `[prompt | chosen | rejected]`, the prompt encoded once.
 
 A 4-D attention mask hides the chosen answer from the rejected one, and positions restart behind the prompt, so
 both answers see what they would see in rows of their own. A short refusal is not padded to the length of a long
-answer, and a long prompt is paid for once.
+answer, and a long prompt is paid for once. Pairs that together are no longer than the batch's longest share a row,
+hidden from one another the same way: what is left of padding is little.
 
-    tokens      p0 p1 p2 c0 c1 r0 r1 r2 .
-    segment      0  0  0  1  1  2  2  2 -1
-    position     0  1  2  3  4  3  4  5  0
+    tokens      p0 p1 p2 c0 c1 r0 r1 r2 p0 c0 r0 .
+    segment      0  0  0  1  1  2  2  2  3  4  5 -1
+    position     0  1  2  3  4  3  4  5  0  1  1  0
 
 A model that cannot take such a mask gets two rows a pair; `can_share_prompt` finds out by trying.
 """
@@ -23,6 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.errors import DataError
 from equipoise.data.schema import PreferencePair, Turn
+
+PARTS = 3
+"""A pair's segments: prompt, chosen, rejected."""
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "category", "pair")
 
@@ -102,14 +106,29 @@ def dataset_key(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def pack_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """First-fit decreasing: which pairs share a row, no row longer than the longest pair. Deterministic."""
+    capacity = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for pair in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((i for i, free in enumerate(room) if lengths[pair] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(pair)
+        room[row] -= lengths[pair]
+    return rows
+
+
 @dataclass
 class PairCollator:
     """Rows of the dataset -> a batch of tensors (`collator(rows)`).
 
-    input_ids, position_ids, segment (B, T); completion_index, completion_targets, completion_sequence (N,), where
-    sequence 2b is row b's chosen answer and 2b + 1 its rejected one; chosen_lengths, rejected_lengths (B,); pair (B,);
-    ref_chosen_logps and ref_rejected_logps (B,) where the rows have them. With `two_rows` a pair takes two rows
-    of the same kind (prompt | answer), chosen first.
+    input_ids, position_ids, segment (R, T), R <= B: short pairs stand behind one another in a row; completion_index,
+    completion_targets, completion_sequence (N,), where sequence 2b is pair b's chosen answer and 2b + 1 its rejected
+    one; chosen_lengths, rejected_lengths (B,); pair (B,); ref_chosen_logps and ref_rejected_logps (B,) where the rows
+    have them. With `two_rows` a pair takes two rows of the same kind (prompt | answer), chosen first.
     """
 
     pad_token_id: int
@@ -117,37 +136,41 @@ class PairCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        rows: list[list[tuple[int, list[int]]]] = []  # a row: [(sequence, tokens) ...] behind one prompt
-        prompts: list[list[int]] = []
+        # A block is a prompt and the answers that share it, as (sequence, tokens); blocks are what rows are made of.
+        blocks: list[tuple[list[int], list[tuple[int, list[int]]]]] = []
         for b, example in enumerate(examples):
             answers = [(2 * b, example["chosen_ids"]), (2 * b + 1, example["rejected_ids"])]
-            for row in [[a] for a in answers] if self.two_rows else [answers]:
-                rows.append(row)
-                prompts.append(example["prompt_ids"])
-        width = max(len(p) + sum(len(ids) for _, ids in row) for p, row in zip(prompts, rows, strict=True))
+            blocks += [
+                (example["prompt_ids"], part) for part in ([[a] for a in answers] if self.two_rows else [answers])
+            ]
+        lengths = [len(prompt) + sum(len(ids) for _, ids in answers) for prompt, answers in blocks]
+        rows = [[i] for i in range(len(blocks))] if self.two_rows else pack_rows(lengths)
+        width = max(lengths)
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
         segment = torch.full((len(rows), width), -1)
         index: list[Tensor] = []
         targets: list[Tensor] = []
         sequence: list[Tensor] = []
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            num_prompt = len(prompt)
-            input_ids[i, :num_prompt] = torch.tensor(prompt)
-            position_ids[i, :num_prompt] = torch.arange(num_prompt)
-            segment[i, :num_prompt] = 0
-            start = num_prompt
-            for answer, (number, ids) in enumerate(row):
-                end = start + len(ids)
-                input_ids[i, start:end] = torch.tensor(ids)
-                position_ids[i, start:end] = torch.arange(num_prompt, num_prompt + len(ids))
-                segment[i, start:end] = answer + 1
-                # The prompt's last token predicts the first token of either answer.
-                predictors = torch.cat([torch.tensor([num_prompt - 1]), torch.arange(start, end - 1)])
-                index.append(i * width + predictors)
-                targets.append(torch.tensor(ids))
-                sequence.append(torch.full((len(ids),), number))
-                start = end
+        for i, row in enumerate(rows):
+            start = 0
+            for place, (prompt, answers) in enumerate(blocks[block] for block in row):
+                behind_prompt = start + len(prompt)
+                input_ids[i, start:behind_prompt] = torch.tensor(prompt)
+                position_ids[i, start:behind_prompt] = torch.arange(len(prompt))
+                segment[i, start:behind_prompt] = PARTS * place
+                start = behind_prompt
+                for part, (number, ids) in enumerate(answers, start=1):
+                    end = start + len(ids)
+                    input_ids[i, start:end] = torch.tensor(ids)
+                    position_ids[i, start:end] = torch.arange(len(prompt), len(prompt) + len(ids))
+                    segment[i, start:end] = PARTS * place + part
+                    # The prompt's last token predicts the first token of either answer.
+                    predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
+                    index.append(i * width + predictors)
+                    targets.append(torch.tensor(ids))
+                    sequence.append(torch.full((len(ids),), number))
+                    start = end
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -166,15 +189,16 @@ class PairCollator:
 
 
 def pair_attention_mask(segment: Tensor) -> Tensor:
-    """Boolean mask (B, 1, T, T), True = may attend, from segment (B, T): 0 prompt, 1 and 2 answers, -1 padding.
+    """Boolean mask (R, 1, T, T), True = may attend, from segment (R, T).
 
-    Causal; an answer sees the prompt and itself; padding sees itself only, so that no row is without a key.
+    Segment 3k is the prompt of a row's k-th pair, 3k + 1 and 3k + 2 its answers, -1 padding. Causal; an answer sees
+    its pair's prompt and itself; padding sees itself only, so that no row is without a key.
     """
     num_tokens = segment.shape[1]
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
     query, key = segment[:, :, None], segment[:, None, :]
-    seen = ((key == 0) & (query >= 0)) | ((key == query) & (query >= 0))
-    mask = causal & seen
+    own_prompt = PARTS * (query // PARTS)
+    mask = causal & ((key == query) | (key == own_prompt)) & (query >= 0)
     mask |= torch.eye(num_tokens, dtype=torch.bool, device=segment.device)
     return mask[:, None]
 

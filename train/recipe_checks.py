@@ -220,6 +220,7 @@ def _check_token_bias_stage(path: str, stage: TokenBiasStageConfig, problems: Pr
     _at_least(1, f"{path}.batch_size", stage.batch_size, problems)
     _at_least(0, f"{path}.seed", stage.seed, problems)
     problems.one_of(f"{path}.space", stage.space, ("log_prob", "logit"))
+    problems.one_of(f"{path}.continuation", stage.continuation, ("random", "aligned"))
     problems.expect(
         0 <= stage.plausibility < 1, f"{path}.plausibility", stage.plausibility, "a share in [0, 1)"
     )

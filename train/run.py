@@ -116,6 +116,7 @@ def _walk(
     seconds: dict[str, float] = {}
     facts: dict[str, dict[str, object]] = {}
     gatekeeper = Gatekeeper(context, _judge(recipe), GateRules(**recipe.gate.rules))
+    context.gate_inside = gatekeeper.inside_stage
     if recipe.evaluation.baseline:
         started = time.perf_counter()
         gatekeeper.evaluate(BASE, "base-0", context.base_folder)

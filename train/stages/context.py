@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
@@ -24,6 +27,8 @@ class StageContext:
     """(metrics, step, stage)."""
     say: Callable[[str], None]
     progress: Progress
+    gate_inside: Callable[[str, int, Any, PreTrainedTokenizerBase], None] | None = None
+    """(stage, step, model, tokenizer): judge and gate in the middle of a stage, every `gate.every` steps."""
     unsafe_counts: dict[str, tuple[int, int]] | None = None
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
 

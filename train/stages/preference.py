@@ -105,6 +105,8 @@ def run_preference(
         callbacks=[_ProgressCallback(context.progress, f"{name}: training")],
     )
     trainer.remove_callback(PrinterCallback)
+    if recipe.gate.every and stage.evaluate:
+        trainer.add_callback(_GateCallback(trainer, name, context))
     watched = trainer.ref_model if trainer.ref_model is not None else trainer.model
     before = reference_cache.weights_fingerprint(watched) if _is_frozen(trainer, recipe) else None
     trainer.train(resume_from_checkpoint=_resume_from(folder / "checkpoints", trainer, context.say))
@@ -213,3 +215,22 @@ class _ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._progress(state.global_step, state.max_steps, self._what)
+
+
+class _GateCallback(TrainerCallback):
+    """Judge, gate and update the category terms every `gate.every` optimizer steps."""
+
+    def __init__(self, trainer: PreferenceTrainer, name: str, context: StageContext) -> None:
+        self._trainer, self._name, self._context = trainer, name, context
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        context, trainer = self._context, self._trainer
+        due = state.global_step % context.recipe.gate.every == 0 and state.global_step < state.max_steps
+        if not due or context.gate_inside is None:
+            return
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        context.gate_inside(self._name, state.global_step, model, trainer.processing_class)
+        if context.unsafe_counts is not None:
+            trainer.terms.update_from_evaluation(context.unsafe_counts)
