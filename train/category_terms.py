@@ -12,6 +12,10 @@ from equipoise.train.losses.category import CategoryState
 from equipoise.train.recipe import CategoryConfig
 
 
+TIE = 1e-3
+"""Nats: a smaller |h| is a tie. Before the first step h is 0 up to rounding, which says nothing of the policy."""
+
+
 class CategoryTerms:
     """Margin, weight and multiplier of every harm category; `helpful` pairs stay neutral."""
 
@@ -55,9 +59,7 @@ class CategoryTerms:
             0, slots, torch.ones(len(slots), dtype=torch.float64)
         )
         h = table["h"][harm]
-        wrong = (h < 0).double() + 0.5 * (
-            h == 0
-        ).double()  # a tie, as before the first step, is half an error
+        wrong = (h < -TIE).double() + 0.5 * (h.abs() <= TIE).double()  # a tie is half an error
         self._errors = self._errors.index_add(0, slots, wrong)
         self._counts = self._counts + seen
         if self.config.weight.mode == "group_dro" and num:

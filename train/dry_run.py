@@ -28,8 +28,9 @@ def plan(
     config = AutoConfig.from_pretrained(base_folder, trust_remote_code=recipe.model.trust_remote_code)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
     num_parameters = sum(p.numel() for p in model.parameters())
-    flops = _measured_flops()
+    flops = _measured_flops(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
     table = Table(
         "stage", "kind", "steps", "pairs", "tokens a pair", "memory", "time", title=f"plan of {recipe.name}"
     )
@@ -134,18 +135,19 @@ def _evaluation_seconds(recipe: Recipe, data: SafetyData, num_parameters: int, f
     return 2 * num_parameters * num_prompts * recipe.evaluation.max_new_tokens / flops * 10
 
 
-def _measured_flops() -> float:
-    """FLOP/s of one large matrix product in fp32 on this machine's device."""
+def _measured_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of the size that training has, on this machine's device; the best of five."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.ones(1024, 1024, device=device)
-    for _ in range(2):
-        a @ a
-    started = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 5 * 2 * 1024**3 / (time.perf_counter() - started)
+    a, b = (
+        torch.ones(2048, 1024, device=device, dtype=dtype),
+        torch.ones(1024, 2048, device=device, dtype=dtype),
+    )
+    best = 0.0
+    for _ in range(6):  # the first one warms up
+        started = time.perf_counter()
+        (a @ b).sum().item()  # the item waits for a GPU
+        best = max(best, 2 * 2048 * 1024 * 2048 / (time.perf_counter() - started))
+    return best
 
 
 def _where() -> str:

@@ -36,7 +36,8 @@ class Gatekeeper:
     """Judges states as they come; `reports` and `verdicts` are in order of evaluation, the last of a name counts."""
 
     context: StageContext
-    judge: Judge
+    judge: Judge | None
+    """None where the recipe has nothing judged."""
     rules: GateRules
     reports: dict[str, CategoryReport] = field(default_factory=dict)
     verdicts: dict[str, GateResult] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Gatekeeper:
         report = _existing(path)
         new = report is None
         if report is None:
+            assert self.judge is not None
             model, tokenizer = loaded or load_policy(context.recipe.model, model_folder)
             if loaded is None:
                 model.to(default_device())

@@ -136,48 +136,46 @@ class PairCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        # A block is a prompt and the answers that share it, as (sequence, tokens); blocks are what rows are made of.
-        blocks: list[tuple[list[int], list[tuple[int, list[int]]]]] = []
+        answers_of = [ids for e in examples for ids in (e["chosen_ids"], e["rejected_ids"])]  # by sequence
+        # A block is a prompt and the sequences that share it; rows are made of blocks.
+        blocks: list[tuple[list[int], tuple[int, ...]]] = []
         for b, example in enumerate(examples):
-            answers = [(2 * b, example["chosen_ids"]), (2 * b + 1, example["rejected_ids"])]
-            blocks += [
-                (example["prompt_ids"], part) for part in ([[a] for a in answers] if self.two_rows else [answers])
-            ]
-        lengths = [len(prompt) + sum(len(ids) for _, ids in answers) for prompt, answers in blocks]
+            shared = ((2 * b,), (2 * b + 1,)) if self.two_rows else ((2 * b, 2 * b + 1),)
+            blocks += [(example["prompt_ids"], sequences) for sequences in shared]
+        lengths = [len(prompt) + sum(len(answers_of[n]) for n in sequences) for prompt, sequences in blocks]
         rows = [[i] for i in range(len(blocks))] if self.two_rows else pack_rows(lengths)
         width = max(lengths)
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
         segment = torch.full((len(rows), width), -1)
-        index: list[Tensor] = []
-        targets: list[Tensor] = []
-        sequence: list[Tensor] = []
+        index: dict[int, Tensor] = {}  # by sequence
         for i, row in enumerate(rows):
             start = 0
-            for place, (prompt, answers) in enumerate(blocks[block] for block in row):
+            for place, (prompt, sequences) in enumerate(blocks[block] for block in row):
                 behind_prompt = start + len(prompt)
                 input_ids[i, start:behind_prompt] = torch.tensor(prompt)
                 position_ids[i, start:behind_prompt] = torch.arange(len(prompt))
                 segment[i, start:behind_prompt] = PARTS * place
                 start = behind_prompt
-                for part, (number, ids) in enumerate(answers, start=1):
+                for part, number in enumerate(sequences, start=1):
+                    ids = answers_of[number]
                     end = start + len(ids)
                     input_ids[i, start:end] = torch.tensor(ids)
                     position_ids[i, start:end] = torch.arange(len(prompt), len(prompt) + len(ids))
                     segment[i, start:end] = PARTS * place + part
                     # The prompt's last token predicts the first token of either answer.
                     predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
-                    index.append(i * width + predictors)
-                    targets.append(torch.tensor(ids))
-                    sequence.append(torch.full((len(ids),), number))
+                    index[number] = i * width + predictors
                     start = end
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
             "segment": segment,
-            "completion_index": torch.cat(index),
-            "completion_targets": torch.cat(targets),
-            "completion_sequence": torch.cat(sequence),
+            "completion_index": torch.cat([index[number] for number in range(len(answers_of))]),
+            "completion_targets": torch.tensor([token for ids in answers_of for token in ids]),
+            "completion_sequence": torch.arange(len(answers_of)).repeat_interleave(
+                torch.tensor([len(ids) for ids in answers_of])
+            ),
             "chosen_lengths": torch.tensor([len(e["chosen_ids"]) for e in examples]),
             "rejected_lengths": torch.tensor([len(e["rejected_ids"]) for e in examples]),
             "pair": torch.tensor([e["pair"] for e in examples]),
@@ -204,11 +202,18 @@ def pair_attention_mask(segment: Tensor) -> Tensor:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The keyword arguments of the completion forward for a collated batch."""
+    """The keyword arguments of the completion forward for a collated batch.
+
+    Batches of two rows a pair are plain right-padded ones, for models that take nothing but a 2-D mask.
+    """
+    segment = batch["segment"]
+    if segment.shape[0] <= batch["pair"].shape[0]:
+        layout = {"attention_mask": pair_attention_mask(segment), "position_ids": batch["position_ids"]}
+    else:
+        layout = {"attention_mask": (segment >= 0).long()}
     return {
         "input_ids": batch["input_ids"],
-        "attention_mask": pair_attention_mask(batch["segment"]),
-        "position_ids": batch["position_ids"],
+        **layout,
         "completion_index": batch["completion_index"],
         "completion_targets": batch["completion_targets"],
     }
@@ -225,7 +230,7 @@ def sum_by_sequence(per_token: Tensor, batch: dict[str, Any]) -> tuple[Tensor, T
 def can_share_prompt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tolerance: float = 0.05
 ) -> bool:
-    """Whether one row a pair gives the log-probabilities of two rows, tried on a small made-up pair.
+    """Whether shared rows give the log-probabilities of rows of their own, tried on small made-up pairs.
 
     The model must carry the completion head. False for models that reject a 4-D mask, ignore it, or ignore
     position ids (recurrent layers, sliding windows built from a 2-D mask ...). tolerance: nats a token.
@@ -234,18 +239,19 @@ def can_share_prompt(
     ids = torch.randint(
         0, min(len(tokenizer), model.config.get_text_config().vocab_size), (24,), generator=generator
     )
-    example = {
-        "prompt_ids": ids[:8].tolist(),
-        "chosen_ids": ids[8:13].tolist(),
-        "rejected_ids": ids[13:24].tolist(),
-        "pair": 0,
-    }
+    # 24, 10 and 10 tokens: the two short ones share a row.
+    cuts = [((0, 8), (8, 13), (13, 24)), ((20, 24), (0, 3), (3, 6)), ((10, 13), (3, 7), (15, 18))]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    examples: list[dict[str, Any]] = [
+        {"pair": i, **{name: ids[a:b].tolist() for name, (a, b) in zip(names, cut, strict=True)}}
+        for i, cut in enumerate(cuts)
+    ]
     was_training = model.training
     model.eval()
     try:
         results = []
         for two_rows in (False, True):
-            batch = PairCollator(pad_token_id=0, two_rows=two_rows)([example])
+            batch = PairCollator(pad_token_id=0, two_rows=two_rows)(examples)
             inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
             results.append(model(**inputs).log_probs)
         return bool(torch.allclose(results[0], results[1], atol=tolerance, rtol=0.02))

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.train import reference_cache
-from equipoise.train.category_terms import CategoryTerms
+from equipoise.train.category_terms import TIE, CategoryTerms
 from equipoise.train.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.losses.kl import k3, sequence_mean, token_kl
 from equipoise.train.losses.preference import PairLogps, preference_loss, sft_loss
@@ -68,8 +69,8 @@ class PreferenceTrainer(DPOTrainer):
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
         self._log_metrics, self._warn, self._reference_progress = log, warn, progress
         self._table: list[Tensor] = []
-        self._step_sums: dict[str, float] = {}
-        self._window_steps = 0
+        self._shift: Tensor | None = None
+        """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
         self.helpful_index = (
             self.category_names.index("helpful") if "helpful" in self.category_names else len(category_names)
@@ -102,8 +103,10 @@ class PreferenceTrainer(DPOTrainer):
             reference_cache.weights_fingerprint(reference), dataset_key(unique), dtype
         )
         cached = reference_cache.load(path, len(unique))
-        self.reference_cache_hit = cached is not None
-        if cached is None:
+        # Ranks have to agree: another run may have written the file between their looking, or on one machine only.
+        found = torch.tensor([cached is not None], device=self.accelerator.device)
+        self.reference_cache_hit = bool(self.accelerator.gather(found).all())
+        if cached is None or not self.reference_cache_hit:
             cached = self._reference_logps(unique, batch_size)
             if self.accelerator.is_main_process:
                 reference_cache.save(path, *cached)
@@ -161,11 +164,12 @@ class PreferenceTrainer(DPOTrainer):
 
     @contextlib.contextmanager
     def _reference_active(self) -> Iterator[None]:
-        """The reference inside: the frozen copy needs nothing, the adapter is switched off otherwise."""
-        if self.ref_model is not None:
-            yield
-            return
-        with self.accelerator.unwrap_model(self.model).disable_adapter():
+        """The reference inside: an adapter is switched off; a frozen copy, or a policy not yet trained, is one as is."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is None and isinstance(policy, PeftModel):
+            with policy.disable_adapter():
+                yield
+        else:
             yield
 
     # ---- loss -------------------------------------------------------------------------------------------------
@@ -203,11 +207,13 @@ class PreferenceTrainer(DPOTrainer):
         if kappa is not None:
             kl = self._kl_per_pair(model, inputs, outputs)
             loss = loss + (kappa * kl).mean()
-        if self.contexts is not None and self.state.global_step % self.stage.token_bias.every == 0:
+        penalised = self.contexts is not None and self.state.global_step % self.stage.token_bias.every == 0
+        if penalised and not self._table:  # the first microbatch of the step
             shift = self._token_bias(model)
-            self._step_sums["token_bias"] = self._step_sums.get("token_bias", 0.0) + float(shift.detach())
-            # Taken every k steps, it counts k times, so that `coef` means the same for any k.
-            loss = loss + self.stage.token_bias.coef * self.stage.token_bias.every * shift
+            self._shift = shift.detach()
+            # Taken every k steps and in one of n microbatches, it counts k * n times: `coef` means the same for any.
+            times = self.stage.token_bias.every * self.current_gradient_accumulation_steps
+            loss = loss + self.stage.token_bias.coef * times * shift
         self._keep(inputs, category, per_pair, logps, kl)
         if not torch.isfinite(loss):
             self._stop_non_finite(inputs, per_pair, logps)
@@ -273,12 +279,13 @@ class PreferenceTrainer(DPOTrainer):
         rows = [
             {
                 "id": self.pair_ids[pair],
-                "loss": repr(float(loss)),
-                "chosen_logp": repr(float(chosen)),
-                "rejected_logp": repr(float(rejected)),
+                "loss": repr(loss),
+                "chosen_logp": repr(chosen),
+                "rejected_logp": repr(rejected),
             }
             for pair, loss, chosen, rejected in zip(
-                inputs["pair"].tolist(), per_pair, logps.chosen, logps.rejected, strict=True
+                *(values.tolist() for values in (inputs["pair"], per_pair, logps.chosen, logps.rejected)),
+                strict=True,
             )
         ]
         path.write_text(json.dumps({"step": self.state.global_step, "pairs": rows}, indent=1) + "\n")
@@ -318,7 +325,7 @@ class PreferenceTrainer(DPOTrainer):
             self.terms.update_from_errors()
         if step % self.stage.log_every == 0:
             self._log_metrics(self._metrics_of(table), step)
-        self._step_sums.clear()
+        self._shift = None
 
     def _gather_table(self) -> dict[str, Tensor]:
         """Every pair of the step, all ranks, each draw once; columns by name, on CPU."""
@@ -340,14 +347,14 @@ class PreferenceTrainer(DPOTrainer):
     def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
         metrics: dict[str, float] = {
             "train/loss": float(table["loss"].mean()),
-            "train/accuracy": float((table["h"] > 0).double().mean()),
+            "train/accuracy": float((table["h"] > TIE).double().mean()),
             "train/num_pairs": len(table["loss"]),
             "train/learning_rate": self._get_learning_rate(),
         }
         if self.stage.kl.coef or self.stage.kl.per_category:
             metrics["train/kl"] = float(table["kl"].mean())
-        if "token_bias" in self._step_sums:
-            metrics["train/token_bias"] = self._step_sums["token_bias"]
+        if self._shift is not None:  # on all ranks or on none; each has contexts of its own
+            metrics["train/token_bias"] = float(self.accelerator.reduce(self._shift, reduction="mean"))
         for i, name in enumerate(self.category_names):
             of = table["category"] == i
             num = int(of.sum())
@@ -357,7 +364,7 @@ class PreferenceTrainer(DPOTrainer):
             metrics[f"train/loss_sum/{name}"] = float(table["loss"][of].sum())
             metrics[f"train/loss/{name}"] = float(table["loss"][of].mean())
             metrics[f"train/h/{name}"] = float(table["h"][of].mean())
-            metrics[f"train/accuracy/{name}"] = float((table["h"][of] > 0).double().mean())
+            metrics[f"train/accuracy/{name}"] = float((table["h"][of] > TIE).double().mean())
             metrics[f"train/chosen_log_ratio/{name}"] = float(table["chosen_log_ratio"][of].mean())
         metrics.update(self.terms.metrics())
         return metrics

@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def run(recipe: Recipe) -> int:
     recipe in the same folder is refused (RecipeError).
     """
     _quiet_libraries()
+    _use_all_cores()
     state = PartialState(cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
     data = load_data(recipe.data.source, recipe.data.path, recipe.data.held_out_fraction, recipe.seed)
@@ -75,7 +76,8 @@ def run(recipe: Recipe) -> int:
                 data=data,
                 run_dir=run_dir,
                 base_folder=base_folder,
-                log=_logger(tracker),
+                log=tracker.log if tracker is not None else lambda metrics, step, stage: None,
+                rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
             )
@@ -102,6 +104,16 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so
 
 
+def _use_all_cores() -> None:
+    """`accelerate launch` gives a CPU process one thread unless it is told otherwise; a lone process takes them all."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available()
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if alone and launched and torch.get_num_threads() == 1:
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
 def final_exit_code(gatekeeper: Gatekeeper) -> int:
     """The verdict on the last state that was gated; 0 where no stage asked for one."""
     verdicts = list(gatekeeper.verdicts.values())
@@ -115,7 +127,8 @@ def _walk(
     recipe = context.recipe
     seconds: dict[str, float] = {}
     facts: dict[str, dict[str, object]] = {}
-    gatekeeper = Gatekeeper(context, _judge(recipe), GateRules(**recipe.gate.rules))
+    judged = recipe.evaluation.baseline or any(stage.evaluate for stage in recipe.stages.values())
+    gatekeeper = Gatekeeper(context, _judge(recipe) if judged else None, GateRules(**recipe.gate.rules))
     context.gate_inside = gatekeeper.inside_stage
     if recipe.evaluation.baseline:
         started = time.perf_counter()
@@ -182,14 +195,6 @@ def _base_folder(recipe: Recipe, state: PartialState) -> str:
     """Resolve the starting model once: rank 0 converts or fetches, the others find it done."""
     with state.main_process_first():
         return resolve_model(recipe.model.id, recipe.model.revision, notify=say)
-
-
-def _logger(tracker: Tracker | None) -> Callable[[Mapping[str, float], int, str], None]:
-    def log(metrics: Mapping[str, float], step: int, stage: str) -> None:
-        if tracker is not None:
-            tracker.log(metrics, step, stage)
-
-    return log
 
 
 def _claim(run_dir: Path, recipe: Recipe) -> None:

@@ -45,6 +45,16 @@ class Tracker:
         if self._wandb is not None:
             self._try(lambda: self._log_wandb(values, step, stage))
 
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what an interrupted run logged of `stage` behind `step`: it is about to be done again."""
+        self._file.close()
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _behind(json.loads(line), stage, step)]
+        aside = self._path.with_name(f".{self._path.name}")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Record how the run ended and close; `summary` may be nested, W&B shows it beside the curves."""
         self._write({"stage": "end", "exit_code": exit_code})
@@ -101,6 +111,10 @@ class Tracker:
                 f"({type(error).__name__}: {_redact(str(error))})",
                 stacklevel=3,
             )
+
+
+def _behind(line: Mapping[str, Any], stage: str, step: int) -> bool:
+    return line.get("stage") == stage and line.get("step", 0) > step
 
 
 def _run_id(run_dir: Path) -> str:

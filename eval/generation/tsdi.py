@@ -50,7 +50,8 @@ class TSDISettings:
     prompt_tokens: int = 16
     """Tokens of a random prompt, about; the chat template comes on top."""
     continuation: Literal["random", "aligned"] = "random"
-    """What stands before position i: random tokens, or what the aligned model itself samples."""
+    """What stands before position i: random tokens, or what the aligned model samples (batch by batch, so that
+    the batch size matters a little)."""
     space: Literal["log_prob", "logit"] = "log_prob"
     """What is averaged. The two differ by one constant a position, which changes the table, not the decoding."""
     plausibility: float = 0.0
@@ -153,7 +154,7 @@ class TokenBias:
                 f"The token bias {path} cannot be read: {error}. Expected a file that the token_bias stage wrote."
             ) from error
         if vocab_size is not None and loaded.bias.shape[1] != vocab_size:
-            raise ModelError(_other_vocabulary(loaded.bias.shape[1], vocab_size, f" in {path}"))
+            raise ModelError(_other_vocabulary(f"The token bias {path}", loaded.bias.shape[1], vocab_size))
         return loaded
 
     def top_tokens(self, tokenizer: PreTrainedTokenizerBase, num_tokens: int = 5) -> list[TokenShift]:
@@ -234,7 +235,7 @@ def estimate_token_bias(
                 )
             if logits.shape != reference_logits.shape:
                 raise ModelError(
-                    _other_vocabulary(reference_logits.shape[2], logits.shape[2], " of the reference")
+                    _other_vocabulary("The reference", reference_logits.shape[2], logits.shape[2])
                 )
             log_probs = logits.log_softmax(-1)
             if settings.space == "log_prob":
@@ -246,8 +247,9 @@ def estimate_token_bias(
             probability_sum = probability_sum + log_probs.exp().double().sum(0)
             if progress is not None:
                 progress(min(start + batch_size, len(rows)), len(rows), "random prompts")
-        bias = (bias_sum / len(rows)).float()
-        mean_probability = (probability_sum / len(rows)).float()
+    # Outside of inference mode, so that the tables are tensors like any other.
+    bias = (bias_sum / len(rows)).float()
+    mean_probability = (probability_sum / len(rows)).float()
     if not bias.isfinite().all():
         raise ModelError(
             f"The token bias is not finite at {(~bias.isfinite()).sum().item()} of {bias.numel()} entries: "
@@ -339,7 +341,7 @@ class TSDILogitsProcessor(LogitsProcessor):
         if position >= self.correction.shape[0]:
             return scores
         if scores.shape[-1] != self.correction.shape[1]:
-            raise ModelError(_other_vocabulary(self.correction.shape[1], scores.shape[-1], ""))
+            raise ModelError(_other_vocabulary("The token bias", self.correction.shape[1], scores.shape[-1]))
         self.correction = self.correction.to(scores.device)
         corrected = scores - self.correction[position]
         if self.plausibility == 0:
@@ -351,8 +353,8 @@ class TSDILogitsProcessor(LogitsProcessor):
         return torch.where(implausible, scores, corrected + (before - after))
 
 
-def _other_vocabulary(found: int, expected: int, where: str) -> str:
+def _other_vocabulary(subject: str, found: int, expected: int) -> str:
     return (
-        f"The token bias or model{where} covers {found} tokens, the model at hand {expected}. "
-        "A token bias belongs to the model it was measured on: estimate it anew."
+        f"{subject} covers {found} tokens, the model at hand {expected}. "
+        "Both must share one vocabulary: take the models of one run, and estimate the token bias on them."
     )

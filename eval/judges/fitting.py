@@ -94,9 +94,9 @@ def predict(head: Head, features: Features, rows: NDArray) -> NDArray:
 
 def best_threshold(results: Sequence[tuple[NDArray, NDArray]]) -> float:
     """The threshold with the highest mean over sources of sensitivity and specificity, out of fold."""
-    grid = np.arange(0.05, 0.951, 0.01)
+    grid = np.arange(5, 96) / 100
     values = [np.mean([_mean_rate(y, p, threshold) for y, p in results]) for threshold in grid]
-    return float(round(grid[int(np.argmax(values))], 2))
+    return float(grid[int(np.argmax(values))])
 
 
 def _mean_rate(label: NDArray, score: NDArray, threshold: float) -> float:

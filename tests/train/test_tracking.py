@@ -106,6 +106,17 @@ def test_a_resumed_run_appends_and_a_torn_line_is_dropped(tmp_path: Path) -> Non
     assert [line.get("step") for line in lines(tmp_path)] == [1, None, 2, None]
 
 
+def test_rewinding_forgets_what_will_be_done_again_and_nothing_else(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, TrackingConfig(), {})
+    for stage, step in (("helpful", 3), ("safe", 1), ("safe", 2), ("safe", 3)):
+        tracker.log({"loss": 1.0}, step=step, stage=stage)
+    tracker.rewind("safe", 1)
+    tracker.log({"loss": 0.5}, step=2, stage="safe")
+    tracker.finish(0, {})
+    steps = [(line["stage"], line.get("step"), line.get("loss")) for line in lines(tmp_path)]
+    assert steps == [("helpful", 3, 1.0), ("safe", 1, 1.0), ("safe", 2, 0.5), ("end", None, None)]
+
+
 def test_without_wandb_it_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
     Tracker(tmp_path, TrackingConfig(), {}).finish(0, {})

@@ -25,6 +25,8 @@ class StageContext:
     """The starting model, as `load_model` takes it."""
     log: Callable[[Mapping[str, float], int, str], None]
     """(metrics, step, stage)."""
+    rewind: Callable[[str, int], None]
+    """(stage, step): what was logged of the stage behind the step is about to be done again."""
     say: Callable[[str], None]
     progress: Progress
     gate_inside: Callable[[str, int, Any, PreTrainedTokenizerBase], None] | None = None

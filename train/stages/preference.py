@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
@@ -19,7 +20,7 @@ from equipoise.train import reference_cache
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import load_policy, merged, peft_config, save_policy, uses_frozen_copy
 from equipoise.train.pairs import EncodedPairs, encode_pairs
-from equipoise.train.preference_trainer import STATE_FILE, PreferenceTrainer
+from equipoise.train.preference_trainer import STATE_FILE, PreferenceTrainer, TrainingError
 from equipoise.train.random_contexts import RandomContexts
 from equipoise.train.recipe import PreferenceStageConfig, Recipe
 from equipoise.train.sampling import order_pairs
@@ -66,6 +67,7 @@ def run_preference(
     """Train one stage from the model folder `policy`; resumes from its last complete checkpoint."""
     started = time.perf_counter()
     recipe, folder = context.recipe, context.stage_dir(name)
+    set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
     model, tokenizer = load_policy(recipe.model, policy, context.say)
     pairs = select_pairs(
         {"safety": context.data.safety_pairs, "helpful": context.data.helpful_pairs}, stage.mixture
@@ -109,7 +111,9 @@ def run_preference(
         trainer.add_callback(_GateCallback(trainer, name, context))
     watched = trainer.ref_model if trainer.ref_model is not None else trainer.model
     before = reference_cache.weights_fingerprint(watched) if _is_frozen(trainer, recipe) else None
-    trainer.train(resume_from_checkpoint=_resume_from(folder / "checkpoints", trainer, context.say))
+    checkpoint = _resume_from(folder / "checkpoints", trainer, context.say)
+    context.rewind(name, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if before is not None:
         after = reference_cache.weights_fingerprint(watched)
         assert after == before, "the reference's weights changed during training"
@@ -192,7 +196,7 @@ def _arguments(stage: PreferenceStageConfig, recipe: Recipe, folder: Path, num_s
     )
 
 
-def _resume_from(folder: Path, trainer: PreferenceTrainer, say: Callable[[str], None]) -> str | None:
+def _resume_from(folder: Path, trainer: PreferenceTrainer, say: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint, its category state loaded; incomplete ones are named and passed over."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
     for checkpoint in found:
@@ -201,9 +205,12 @@ def _resume_from(folder: Path, trainer: PreferenceTrainer, say: Callable[[str], 
         except (FileNotFoundError, json.JSONDecodeError):
             say(f"{checkpoint} is not complete (interrupted while saving) and passed over")
             continue
-        trainer.terms.load_state_dict(state)
+        try:
+            trainer.terms.load_state_dict(state)
+        except ValueError as error:
+            raise TrainingError(f"{checkpoint}: {error}; remove the folder to start the stage anew") from error
         say(f"resuming from {checkpoint}")
-        return str(checkpoint)
+        return checkpoint
     return None
 
 

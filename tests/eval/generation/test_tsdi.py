@@ -256,7 +256,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.settings == saved.settings
     assert torch.equal(loaded.bias, saved.bias)
     assert torch.equal(loaded.mean_probability, saved.mean_probability)
-    with pytest.raises(ModelError, match=r"token_bias.safetensors covers 2 tokens, the model at hand 3"):
+    with pytest.raises(ModelError, match=r"token_bias\.safetensors covers 2 tokens, the model at hand 3"):
         TokenBias.load(path, vocab_size=3)
 
 

@@ -1,0 +1,150 @@
+"""Fixtures of the training side: made-up pairs, recipes on the tiny model, and one call that trains a stage."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from equipoise.data.schema import HELPFUL, Exchange, PreferencePair
+from equipoise.data.sources import SafetyData
+from equipoise.train.recipe import ModelConfig, PreferenceStageConfig, Recipe
+from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.stages.preference import run_preference
+
+CATEGORIES = ("S1", "S2", "S10")
+
+
+def _pair(number: int, category: str) -> PreferencePair:
+    """A harmless pair of texts of unequal lengths; no two pairs alike."""
+    prompt = f"Question {number} of {category}" + " please" * (number % 3)
+    return PreferencePair(
+        id=f"{category}-{number}",
+        prompt=({"role": "user", "content": prompt},),
+        chosen=f"No {number}" + " thanks" * (number % 4),
+        rejected=f"Yes, {category}" + " gladly" * (1 + number % 2),
+        category=category,
+        chosen_safe=True,
+        rejected_safe=category == HELPFUL,
+        source="made up",
+    )
+
+
+def _data(pairs_a_category: int = 8) -> SafetyData:
+    """Pairs of three categories and as many helpful ones; two prompts of each suite and category."""
+
+    def exchange(suite: str, category: str, number: int, response: str | None = None) -> Exchange:
+        text = f"{suite} {number} {category}"
+        return Exchange(f"{suite}-{category}-{number}", ({"role": "user", "content": text},), category, response)
+
+    return SafetyData(
+        safety_pairs=[_pair(i, c) for c in CATEGORIES for i in range(pairs_a_category)],
+        helpful_pairs=[_pair(i, HELPFUL) for i in range(pairs_a_category)],
+        harmful_prompts=[exchange("harmful", c, i) for c in CATEGORIES for i in range(2)],
+        lookalike_prompts=[exchange("lookalike", c, i) for c in CATEGORIES for i in range(2)],
+        helpful_prompts=[exchange("helpful", HELPFUL, i, f"answer {i}") for i in range(4)],
+        labelled=[],
+    )
+
+
+def _stage(**options: Any) -> PreferenceStageConfig:
+    """A stage of four steps of eight pairs, a quarter of them helpful, at a constant learning rate."""
+    defaults: dict[str, Any] = {
+        "mixture": {"safety": 0.75, "helpful": 0.25},
+        "num_steps": 4,
+        "lr_scheduler": "constant",
+        "warmup": 0.0,
+        "learning_rate": 1e-3,
+        "evaluate": False,
+    }
+    return PreferenceStageConfig(**(defaults | options))
+
+
+@dataclass
+class Trained:
+    """A stage's result and everything that it said."""
+
+    result: StageResult
+    metrics: list[dict[str, float]]
+    """One a logged step, with `step`."""
+    said: list[str]
+    folder: Path
+    """Of the stage."""
+    done: list[tuple[int, int, str]]
+    """Calls of `progress`."""
+    started_at: int
+    """The step that it went on from."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return load_file(Path(self.result.model_folder) / "model.safetensors")
+
+    def series(self, name: str) -> list[float]:
+        """A metric's values in the order of the steps."""
+        return [m[name] for m in self.metrics if name in m]
+
+
+@pytest.fixture
+def make_data() -> Callable[..., SafetyData]:
+    """`make_data(pairs_a_category=8)`: the data that `train_stage` takes where it is given none."""
+    return _data
+
+
+@pytest.fixture
+def make_stage() -> Callable[..., PreferenceStageConfig]:
+    """`make_stage(**keys)`: a short stage, with these keys set otherwise."""
+    return _stage
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(folder))
+    return folder
+
+
+TrainStage = Callable[..., Trained]
+
+
+@pytest.fixture
+def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainStage:
+    """`train_stage(stage, run=..., model={...}, data=..., interrupt_at=step, unsafe_counts=...)`, in fp32 with LoRA."""
+
+    def train(
+        stage: PreferenceStageConfig,
+        run: str = "run",
+        model: Mapping[str, Any] | None = None,
+        data: SafetyData | None = None,
+        interrupt_at: int | None = None,
+        **context_options: Any,
+    ) -> Trained:
+        config = ModelConfig(id=str(tiny_model_folder), **({"dtype": "float32"} | dict(model or {})))
+        metrics: list[dict[str, float]] = []
+        said: list[str] = []
+        done: list[tuple[int, int, str]] = []
+        starts: list[int] = []
+
+        def log(values: Mapping[str, float], step: int, stage: str) -> None:
+            if step == interrupt_at:
+                raise KeyboardInterrupt
+            metrics.append({"step": step, **values})
+
+        context = StageContext(
+            recipe=Recipe(name=run, stages={"safe": stage}, model=config),
+            data=data or _data(),
+            run_dir=tmp_path / run,
+            base_folder=str(tiny_model_folder),
+            log=log,
+            rewind=lambda stage, step: starts.append(step),
+            say=said.append,
+            progress=lambda *call: done.append(call),
+            **context_options,
+        )
+        result = run_preference("safe", stage, str(tiny_model_folder), context)
+        return Trained(result, metrics, said, context.stage_dir("safe"), done, starts[0])
+
+    return train
