@@ -11,7 +11,6 @@ from equipoise.train.losses import category as terms
 from equipoise.train.losses.category import CategoryState
 from equipoise.train.recipe import CategoryConfig
 
-
 TIE = 1e-3
 """Nats: a smaller |h| is a tie. Before the first step h is 0 up to rounding, which says nothing of the policy."""
 

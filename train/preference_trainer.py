@@ -164,7 +164,7 @@ class PreferenceTrainer(DPOTrainer):
 
     @contextlib.contextmanager
     def _reference_active(self) -> Iterator[None]:
-        """The reference inside: an adapter is switched off; a frozen copy, or a policy not yet trained, is one as is."""
+        """The reference inside: an adapter is switched off; a frozen copy or an untrained policy is one as it is."""
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is None and isinstance(policy, PeftModel):
             with policy.disable_adapter():

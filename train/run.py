@@ -212,7 +212,9 @@ def _claim(run_dir: Path, recipe: Recipe) -> None:
         say(f"{run_dir}: going on with what is there")
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    aside.replace(path)
 
 
 def _different(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -273,7 +275,8 @@ def _finish(
     for state, result in gatekeeper.verdicts.items():
         say(f"gate, {state}: {result.verdict.value}")
     say(f"promoted: {gatekeeper.promoted or 'nothing'}")
-    say(f"report: {run_dir / 'report.html'}")
+    if gatekeeper.reports:
+        say(f"report: {run_dir / 'report.html'}")
     return summary
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import PreferencePair
@@ -33,7 +34,7 @@ from equipoise.data.sources import load_jsonl_pairs, load_samples
 from equipoise.eval.models import load_model, load_tokenizer, resolve_model
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import peft_config
-from equipoise.train.pairs import encode_pairs
+from equipoise.train.pairs import PairCollator, encode_pairs
 from equipoise.train.preference_trainer import PreferenceTrainer
 from equipoise.train.recipe import (
     CategoryConfig,
@@ -68,13 +69,21 @@ class Work:
     category_names: list[str]
     batches: list[list[int]]
     """Row numbers, one list an optimizer step."""
-    trl_tokens: list[int]
-    """Tokens that TRL's layout (two rows a pair, padded to the longest) encodes in each batch."""
+    num_tokens: dict[str, list[int]]
+    """Tokens of each batch that `trl` and `equipoise` put through the model, padding included."""
 
-    @property
-    def largest(self) -> list[int]:
-        """Numbers of the batches by size, largest first."""
-        return sorted(range(len(self.batches)), key=lambda i: -self.trl_tokens[i])
+    def largest(self, side: str) -> list[int]:
+        """The batch of most tokens for one side."""
+        tokens = self.num_tokens[side]
+        return self.batches[tokens.index(max(tokens))]
+
+    def first(self, num_batches: int) -> "Work":
+        """The same with the first batches only."""
+        batches = self.batches[:num_batches]
+        num_pairs = sum(map(len, batches))
+        tokens = {side: values[:num_batches] for side, values in self.num_tokens.items()}
+        rows = self.rows.select(range(num_pairs))
+        return Work(self.pairs[:num_pairs], rows, self.category_names, batches, tokens)
 
 
 class _TimesReference:
@@ -215,16 +224,12 @@ def prepare(options: argparse.Namespace) -> Work:
     rows = rows.add_column("slot", list(range(wanted)))
     size = options.batch_size
     batches = [list(range(start, start + size)) for start in range(0, wanted, size)]
-    lengths = [
-        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows
-    ]
-    return Work(
-        [by_id[name] for name in encoded.ids[:wanted]],
-        rows,
-        names,
-        batches,
-        [2 * size * max(lengths[i] for i in batch) for batch in batches],
-    )
+    ours, trl = PairCollator(tokenizer.pad_token_id), DataCollatorForPreference(tokenizer.pad_token_id)
+    num_tokens = {
+        side: [collator([rows[i] for i in batch])["input_ids"].numel() for batch in batches]
+        for side, collator in (("trl", trl), ("equipoise", ours))
+    }
+    return Work([by_id[name] for name in encoded.ids[:wanted]], rows, names, batches, num_tokens)
 
 
 def _arguments(options: argparse.Namespace, folder: Path, **more: Any) -> DPOConfig:
@@ -314,11 +319,11 @@ def _all_terms(work: Work) -> CategoryTerms:
 
 
 def _memory_of(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str, int]:
-    """Bytes of this process with the one side trained on every batch: before the first step, and at the peak."""
+    """Bytes of this process before the first step, and at the peak of training on the largest batches of either side."""
     side = (trl_side if options.memory_of == "trl" else our_side)(options, work, scratch)
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    for number in work.largest[:4]:
-        side.step(work.batches[number])
+    for of in work.num_tokens:
+        side.step(work.largest(of))
     return {"loaded": before, "peak": peak_memory()}
 
 
@@ -341,11 +346,17 @@ def _in_own_process(options: argparse.Namespace, program: Path, name: str) -> di
         command += [f"--{flag.replace('_', '-')}", str(vars(options)[flag])]
     if options.gradient_checkpointing:
         command.append("--gradient-checkpointing")
-    print(f"memory: {name}, in a process of its own", file=sys.stderr)
+    started = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise EquipoiseError(f"the process that measures {name}'s memory failed (exit code {done.returncode})")
-    return json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"memory of {name}, in a process of its own: {figures['peak'] / 2**30:.2f} GiB at the peak "
+        f"({time.perf_counter() - started:.0f} s)",
+        file=sys.stderr,
+    )
+    return figures
 
 
 # ---- time and loss -----------------------------------------------------------------------------------------------
@@ -361,7 +372,7 @@ def _bar(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 def measure(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str, Any]:
     """Losses and seconds of every step, side by side in this process."""
-    warm_up = work.batches[work.largest[0]]
+    warm_up = work.largest("trl")
     trl = trl_side(options, work, scratch)
     start = trl.adapters()
     losses: dict[str, list[float]] = {"trl": [], "equipoise": []}
@@ -371,37 +382,42 @@ def measure(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str,
     if any(not torch.equal(start[name], value) for name, value in ours.adapters().items()):
         raise EquipoiseError("the two sides' adapters differ before the first step: nothing to compare.")
     losses["equipoise"].append(ours.step(warm_up)[0])
-    precomputed = trl_side(options, work, scratch, precompute=True)
-    precomputed.step(warm_up)
+    seconds: dict[str, list[float]] = {"trl": [], "equipoise": [], "trl_precomputed": []}
 
-    sides = {"trl": trl, "equipoise": ours, "trl_precomputed": precomputed}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    with _bar("steps", len(work.batches)) as advance:
-        for k, batch in enumerate(work.batches):
-            for name in list(sides) if k % 2 == 0 else reversed(list(sides)):
-                loss, elapsed = sides[name].step(batch)
-                seconds[name].append(elapsed)
-                if name in losses:
-                    losses[name].append(loss)
-            advance()
+    def timed(sides: dict[str, Side], batches: Sequence[list[int]], what: str) -> None:
+        with _bar(what, len(batches)) as advance:
+            for k, batch in enumerate(batches):
+                for name in list(sides) if k % 2 == 0 else reversed(list(sides)):
+                    loss, elapsed = sides[name].step(batch)
+                    seconds[name].append(elapsed)
+                    if name in losses:
+                        losses[name].append(loss)
+                advance()
+
+    timed({"trl": trl, "equipoise": ours}, work.batches, "steps of TRL and equipoise")
+    terms = _terms_ratios(ours, work.batches[: max(options.steps // 2, 3)], _all_terms(work))
+    del trl
+    part = work.first(max(options.steps // 3, 2))
+    precomputed = trl_side(options, part, scratch, precompute=True)
+    timed({"trl_precomputed": precomputed}, part.batches, "steps of TRL with precomputed reference")
     return {
         "losses": losses,
         "seconds": seconds,
         "reference_seconds": ours.trainer.reference_seconds,
         "trl_reference_seconds": precomputed.trainer.reference_seconds,
-        "terms": _terms_ratios(ours, work),
+        "terms": terms,
     }
 
 
-def _terms_ratios(side: Side, work: Work) -> list[float]:
-    """Time of two steps with all category terms over two without, on the same batch, in the order - + + -."""
-    without, with_terms = side.trainer.terms, _all_terms(work)
+def _terms_ratios(side: Side, batches: Sequence[list[int]], terms: CategoryTerms) -> list[float]:
+    """Time of two steps with these category terms over two without, on the same batch, in the order - + + -."""
+    without = side.trainer.terms
     ratios = []
-    with _bar("category terms", len(work.batches)) as advance:
-        for batch in work.batches:
+    with _bar("category terms", len(batches)) as advance:
+        for batch in batches:
             elapsed = {True: 0.0, False: 0.0}
             for on in (False, True, True, False):
-                side.trainer.terms = with_terms if on else without
+                side.trainer.terms = terms if on else without
                 elapsed[on] += side.step(batch)[1]
             ratios.append(elapsed[True] / elapsed[False])
             advance()

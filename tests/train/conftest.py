@@ -1,6 +1,6 @@
 """Fixtures of the training side: made-up pairs, recipes on the tiny model, and one call that trains a stage."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,30 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from equipoise.data.schema import HELPFUL, Exchange, PreferencePair
+from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
+from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
 from equipoise.train.recipe import ModelConfig, PreferenceStageConfig, Recipe
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
+
+
+class FakeJudge:
+    """Finds unsafe what `unsafe(prompt, response)` says; what says "lookalike" was refused if it was found unsafe."""
+
+    card = JudgeCard("fake", True, "Judges by a rule of the test.", ({"name": "none", "n": 0},))
+
+    def __init__(self, unsafe: Callable[[str, str], bool]) -> None:
+        self.unsafe = unsafe
+        self.num_judged = 0
+
+    def judge(
+        self, prompts: Sequence[Sequence[Turn]], responses: Sequence[str], progress: Any = None
+    ) -> list[Judgement]:
+        found = [self.unsafe(p[-1]["content"], r) for p, r in zip(prompts, responses, strict=True)]
+        self.num_judged += len(found)
+        return [Judgement(Verdict.UNSAFE if bad else Verdict.SAFE, float(bad), refused=bad) for bad in found]
+
 
 CATEGORIES = ("S1", "S2", "S10")
 
@@ -38,7 +57,9 @@ def _data(pairs_a_category: int = 8) -> SafetyData:
 
     def exchange(suite: str, category: str, number: int, response: str | None = None) -> Exchange:
         text = f"{suite} {number} {category}"
-        return Exchange(f"{suite}-{category}-{number}", ({"role": "user", "content": text},), category, response)
+        return Exchange(
+            f"{suite}-{category}-{number}", ({"role": "user", "content": text},), category, response
+        )
 
     return SafetyData(
         safety_pairs=[_pair(i, c) for c in CATEGORIES for i in range(pairs_a_category)],
@@ -87,16 +108,22 @@ class Trained:
         return [m[name] for m in self.metrics if name in m]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_data() -> Callable[..., SafetyData]:
     """`make_data(pairs_a_category=8)`: the data that `train_stage` takes where it is given none."""
     return _data
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_stage() -> Callable[..., PreferenceStageConfig]:
     """`make_stage(**keys)`: a short stage, with these keys set otherwise."""
     return _stage
+
+
+@pytest.fixture(scope="session")
+def make_judge() -> Callable[[Callable[[str, str], bool]], FakeJudge]:
+    """`make_judge(unsafe)`, with `unsafe(prompt, response) -> bool`; `num_judged` counts."""
+    return FakeJudge
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ DRAWS = ["S1"] * 6 + ["S2"] * 3 + ["S10"] * 3 + ["helpful"] * 8
 BETA = 0.3
 
 
-def config(weight: str = "none", *, margin: bool = False, multiplier: bool = False, **options: float) -> CategoryConfig:
+def config(
+    weight: str = "none", *, margin: bool = False, multiplier: bool = False, **options: float
+) -> CategoryConfig:
     return CategoryConfig(
         MarginConfig(enabled=margin, eta=1.0, target=0.1, max=2.0),
         WeightConfig(mode=weight, eta=0.5, temperature=1.0),
@@ -50,7 +52,9 @@ def loss_and_gradient(terms: CategoryTerms | None, category: Tensor) -> tuple[Te
 def test_terms_start_as_plain_dpo_to_the_last_bit(with_terms: CategoryConfig) -> None:
     category = torch.tensor([0, 1, 2, 3, 3, 0])
     terms = CategoryTerms(with_terms, NAMES, DRAWS)
-    for mine, plain in zip(loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True):
+    for mine, plain in zip(
+        loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True
+    ):
         assert torch.equal(mine, plain)
 
 
@@ -63,7 +67,9 @@ def test_categories_that_are_all_at_their_target_stay_plain_dpo(with_terms: Cate
     terms.update_from_errors()
     terms.update_from_evaluation({"S1": (1, 10), "S2": (1, 10), "S10": (1, 10)})
     category = torch.tensor([0, 1, 2, 3, 3, 0])
-    for mine, plain in zip(loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True):
+    for mine, plain in zip(
+        loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True
+    ):
         torch.testing.assert_close(mine, plain, atol=1e-7, rtol=1e-6)
 
 
@@ -101,7 +107,9 @@ def test_helpful_pairs_stay_neutral() -> None:
 
 def test_errors_of_a_window_by_hand() -> None:
     terms = CategoryTerms(config(margin=True, shrinkage=0.0, ema=0.5), NAMES, DRAWS)
-    terms.observe(table([0, 0, 1, 3], [-1.0, 2.0, 1e-5, -5.0]))  # a tie is half an error; helpful is no part of it
+    terms.observe(
+        table([0, 0, 1, 3], [-1.0, 2.0, 1e-5, -5.0])
+    )  # a tie is half an error; helpful is no part of it
     terms.observe(table([0, 0], [-1.0, 2.0]))
     terms.update_from_errors()
     torch.testing.assert_close(
@@ -160,7 +168,9 @@ def test_a_stage_of_helpful_pairs_alone(weight: str) -> None:
     terms.update_from_errors()
     terms.update_from_evaluation({"S1": (5, 10)})
     category = torch.tensor([0, 0])
-    for mine, plain in zip(loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True):
+    for mine, plain in zip(
+        loss_and_gradient(terms, category), loss_and_gradient(None, category), strict=True
+    ):
         assert torch.equal(mine, plain)
     assert terms.metrics() == {}
 

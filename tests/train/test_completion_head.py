@@ -52,7 +52,9 @@ def all_log_probs(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
-def test_every_kind_of_head_gives_the_models_own_log_probs(family: type[PreTrainedModel], config: Any) -> None:
+def test_every_kind_of_head_gives_the_models_own_log_probs(
+    family: type[PreTrainedModel], config: Any
+) -> None:
     torch.manual_seed(0)
     model = family(config).eval()
     if family is PhiForCausalLM:

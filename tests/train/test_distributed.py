@@ -87,13 +87,17 @@ def test_two_processes_train_as_one_does(
             {name: mine[name] for name in numbers}, abs=1e-4, rel=1e-4
         )
     assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.05
-    state_one, state_two = (json.loads((d / "stages/safe/category_state.json").read_text()) for d in (one, two))
+    state_one, state_two = (
+        json.loads((d / "stages/safe/category_state.json").read_text()) for d in (one, two)
+    )
     for name in ("margin", "weight", "log_multiplier", "error"):
         assert state_two[name] == pytest.approx(state_one[name], abs=1e-5)
     weights_one, weights_two = (load_file(d / "stages/safe/model/model.safetensors") for d in (one, two))
     for name, weight in weights_one.items():
         torch.testing.assert_close(weights_two[name], weight, atol=1e-4, rtol=0)
-    references = [load_file(next((tmp_path / f"cache of {n}").rglob("*.safetensors"))) for n in ("one", "two")]
+    references = [
+        load_file(next((tmp_path / f"cache of {n}").rglob("*.safetensors"))) for n in ("one", "two")
+    ]
     torch.testing.assert_close(references[0], references[1], atol=1e-4, rtol=1e-6)
 
 
@@ -130,7 +134,8 @@ def test_gathered_pairs_stand_in_the_order_of_one_process() -> None:
 def test_draws_that_fill_up_the_last_batch_are_counted_once() -> None:
     # Seven draws on two ranks of four: accelerate repeats the first one for the second rank.
     found = gathered(
-        [[8, 0, 1.0], [9, 0, 2.0], [10, 0, 3.0], [11, 0, 4.0]], [[12, 0, 5.0], [13, 0, 6.0], [14, 0, 7.0], [8, 0, 1.0]]
+        [[8, 0, 1.0], [9, 0, 2.0], [10, 0, 3.0], [11, 0, 4.0]],
+        [[12, 0, 5.0], [13, 0, 6.0], [14, 0, 7.0], [8, 0, 1.0]],
     )
     assert found["slot"].tolist() == [8, 9, 10, 11, 12, 13, 14]
     assert float(found["loss"].sum()) == 28

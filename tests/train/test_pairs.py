@@ -27,12 +27,16 @@ from equipoise.train.pairs import (
 )
 
 
-def make_pair(chosen: str = "no", rejected: str = "yes", prompt: str = "a question", id: str = "1") -> PreferencePair:
+def make_pair(
+    chosen: str = "no", rejected: str = "yes", prompt: str = "a question", id: str = "1"
+) -> PreferencePair:
     turns = ({"role": "user", "content": prompt},)
     return PreferencePair(id, turns, chosen, rejected, "S1", True, False, "made up")
 
 
-def example(pair: int, prompt: list[int], chosen: list[int], rejected: list[int], **more: Any) -> dict[str, Any]:
+def example(
+    pair: int, prompt: list[int], chosen: list[int], rejected: list[int], **more: Any
+) -> dict[str, Any]:
     return {"pair": pair, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, **more}
 
 
@@ -68,21 +72,32 @@ def plain_log_probs(model: Any, examples: list[dict[str, Any]]) -> Tensor:
 def test_an_answer_begins_behind_the_prompts_header(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode_pairs([make_pair("no!", "yes", "hm?", "x")], tiny_tokenizer, 512)
     row = encoded.dataset[0]
-    assert tiny_tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nhm?<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tiny_tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nhm?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tiny_tokenizer.decode(row["chosen_ids"]) == "no!<|im_end|>\n"
     assert tiny_tokenizer.decode(row["rejected_ids"]) == "yes<|im_end|>\n"
     assert (row["category"], row["pair"], encoded.ids, encoded.too_long) == ("S1", 0, ["x"], [])
 
 
 def test_earlier_turns_are_part_of_the_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     row = encode_pairs([replace(make_pair(), prompt=tuple(turns))], tiny_tokenizer, 512).dataset[0]
     assert row["prompt_ids"] == encode_turns(tiny_tokenizer, turns, prompt=True)
     assert "b<|im_end|>" in tiny_tokenizer.decode(row["prompt_ids"])
 
 
 def test_pairs_that_are_too_long_are_dropped_and_named(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    pairs = [make_pair(id="a"), make_pair(rejected="y" * 60, id="b"), make_pair(chosen="n" * 60, id="c"), make_pair(id="d")]
+    pairs = [
+        make_pair(id="a"),
+        make_pair(rejected="y" * 60, id="b"),
+        make_pair(chosen="n" * 60, id="c"),
+        make_pair(id="d"),
+    ]
     whole = encode_pairs(pairs, tiny_tokenizer, 512).dataset[1]
     length = len(whole["prompt_ids"]) + len(whole["rejected_ids"])
     assert encode_pairs(pairs, tiny_tokenizer, length).too_long == []  # exactly as long as allowed
@@ -97,7 +112,9 @@ def test_when_nothing_fits(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         encode_pairs([make_pair()], tiny_tokenizer, 8)
 
 
-def test_a_template_that_renders_the_prompt_otherwise_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_that_renders_the_prompt_otherwise_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     tiny_tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}assistant thinks:{% endif %}"
@@ -109,10 +126,12 @@ def test_a_template_that_renders_the_prompt_otherwise_is_refused(tiny_tokenizer:
 def test_the_key_depends_on_the_tokens_and_their_order_alone() -> None:
     rows = [{**e, "category": "S1"} for e in THREE]
     key = dataset_key(Dataset.from_list(rows))
-    assert dataset_key(Dataset.from_list([{**r, "category": "S2", "slot": 3, "pair": 9} for r in rows])) == key
+    assert (
+        dataset_key(Dataset.from_list([{**r, "category": "S2", "slot": 3, "pair": 9} for r in rows])) == key
+    )
     assert dataset_key(Dataset.from_list(rows[::-1])) != key
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        changed = [{**rows[0], name: rows[0][name][:-1] + [99]}, *rows[1:]]
+        changed = [{**rows[0], name: [*rows[0][name][:-1], 99]}, *rows[1:]]
         assert dataset_key(Dataset.from_list(changed)) != key
     moved = [{**rows[0], "prompt_ids": [10], "chosen_ids": [11, 12]}, *rows[1:]]
     assert dataset_key(Dataset.from_list(moved)) != key
@@ -228,9 +247,7 @@ def test_one_row_equals_two_on_shipped_pairs(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     samples = load_samples()
-    check_real_pairs(
-        samples.safety_pairs[::40] + samples.helpful_pairs[::40], tiny_model, tiny_tokenizer
-    )
+    check_real_pairs(samples.safety_pairs[::40] + samples.helpful_pairs[::40], tiny_model, tiny_tokenizer)
 
 
 @pytest.mark.skipif("EQUIPOISE_DATA" not in os.environ, reason="EQUIPOISE_DATA names no folder of real data")

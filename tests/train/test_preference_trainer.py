@@ -29,7 +29,10 @@ from equipoise.train.stages.preference import draw, select_pairs
 FULL = {"lora": LoraConfig(enabled=False)}
 EVERYTHING = {
     "category": CategoryConfig(
-        MarginConfig(enabled=True), WeightConfig(mode="group_dro"), MultiplierConfig(enabled=True), update_every=2
+        MarginConfig(enabled=True),
+        WeightConfig(mode="group_dro"),
+        MultiplierConfig(enabled=True),
+        update_every=2,
     ),
     "kl": KLConfig(coef=0.1),
     "token_bias": TokenBiasPenaltyConfig(coef=1.0, every=2, num_contexts=2, num_positions=3, prompt_tokens=4),
@@ -67,8 +70,13 @@ def test_a_stage_from_folder_to_folder(train_stage: Any, make_stage: Any, tiny_m
     folder = Path(trained.result.model_folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hm?"}], return_tensors="pt", return_dict=True)
-    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == len(prompt["input_ids"][0]) + 3
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hm?"}], return_tensors="pt", return_dict=True
+    )
+    assert (
+        model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1]
+        == len(prompt["input_ids"][0]) + 3
+    )
     # The adapter is merged into the linear layers; what it does not touch is the starting model's, bit by bit.
     before = load_file(tiny_model_folder / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], trained.weights[name])}
@@ -156,7 +164,9 @@ def test_reference_log_probs_are_computed_once(train_stage: Any, make_stage: Any
         "first": train_stage(make_stage(), run="first"),
         "again": train_stage(make_stage(), run="again"),
         "another beta": train_stage(make_stage(beta=0.5, lam=2.0), run="beta"),
-        "another order": train_stage(make_stage(mixture={"safety": 0.5, "helpful": 0.5}, num_steps=6), run="order"),
+        "another order": train_stage(
+            make_stage(mixture={"safety": 0.5, "helpful": 0.5}, num_steps=6), run="order"
+        ),
         "a frozen copy": train_stage(make_stage(kl=KLConfig(coef=0.1)), run="copy", model=FULL),
         "other pairs": train_stage(make_stage(), run="pairs", data=make_data(7)),
     }
@@ -276,7 +286,9 @@ def test_every_loss_trains(loss: str, train_stage: Any, make_stage: Any) -> None
 
 
 def test_an_evaluation_before_the_stage_sets_the_margins(train_stage: Any, make_stage: Any) -> None:
-    category = CategoryConfig(MarginConfig(enabled=True, target=0.1, eta=1.0), shrinkage=0.0, update_every=100)
+    category = CategoryConfig(
+        MarginConfig(enabled=True, target=0.1, eta=1.0), shrinkage=0.0, update_every=100
+    )
     trained = train_stage(
         make_stage(category=category), unsafe_counts={"S1": (6, 10), "S2": (1, 10), "S10": (0, 10)}
     )
@@ -306,7 +318,9 @@ def test_terms_move_on_schedule(train_stage: Any, make_stage: Any) -> None:
 
 
 def test_terms_that_have_not_moved_train_plain_dpo(train_stage: Any, make_stage: Any) -> None:
-    category = CategoryConfig(MarginConfig(enabled=True), multiplier=MultiplierConfig(enabled=True), update_every=100)
+    category = CategoryConfig(
+        MarginConfig(enabled=True), multiplier=MultiplierConfig(enabled=True), update_every=100
+    )
     plain = train_stage(make_stage(), run="plain")
     neutral = train_stage(make_stage(category=category), run="neutral")
     assert all(torch.equal(neutral.weights[name], weight) for name, weight in plain.weights.items())

@@ -35,7 +35,9 @@ def stage(make_stage: Callable[..., PreferenceStageConfig]) -> PreferenceStageCo
             update_every=4,
         ),
         kl=KLConfig(coef=0.1),
-        token_bias=TokenBiasPenaltyConfig(coef=1.0, every=3, num_contexts=2, num_positions=2, prompt_tokens=4),
+        token_bias=TokenBiasPenaltyConfig(
+            coef=1.0, every=3, num_contexts=2, num_positions=2, prompt_tokens=4
+        ),
     )
 
 
@@ -50,7 +52,9 @@ def checkpoints(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "model", [{}, {"lora": LoraConfig(enabled=False)}, {"lora": LoraConfig(dropout=0.2)}], ids=["lora", "full", "dropout"]
+    "model",
+    [{}, {"lora": LoraConfig(enabled=False)}, {"lora": LoraConfig(dropout=0.2)}],
+    ids=["lora", "full", "dropout"],
 )
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(
     model: dict[str, Any], train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
@@ -129,5 +133,5 @@ def test_a_checkpoint_of_other_categories_is_refused(
     interrupt(train_stage, stage, step=3)
     data = make_data()
     data.safety_pairs[:] = [pair for pair in data.safety_pairs if pair.category != "S2"]
-    with pytest.raises(TrainingError, match="this run has .* remove the folder to start the stage anew"):
+    with pytest.raises(TrainingError, match=r"this run has .* remove the folder to start the stage anew"):
         train_stage(stage, run="interrupted", data=data)

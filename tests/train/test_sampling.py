@@ -54,5 +54,7 @@ def test_a_subset_without_a_share_is_not_needed() -> None:
 
 
 def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"mixture: helpful has a share of 0\.5, but the data has no helpful pairs"):
+    with pytest.raises(
+        RecipeError, match=r"mixture: helpful has a share of 0\.5, but the data has no helpful pairs"
+    ):
         order_pairs({"safety": [1], "helpful": []}, {"safety": 0.5, "helpful": 0.5}, None, seed=0)

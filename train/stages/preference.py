@@ -208,7 +208,9 @@ def _resume_from(folder: Path, trainer: PreferenceTrainer, say: Callable[[str], 
         try:
             trainer.terms.load_state_dict(state)
         except ValueError as error:
-            raise TrainingError(f"{checkpoint}: {error}; remove the folder to start the stage anew") from error
+            raise TrainingError(
+                f"{checkpoint}: {error}; remove the folder to start the stage anew"
+            ) from error
         say(f"resuming from {checkpoint}")
         return checkpoint
     return None

@@ -55,6 +55,6 @@ def run_token_bias(name: str, stage: TokenBiasStageConfig, policy: str, context:
     facts: dict[str, object] = {
         "num_prompts": stage.num_prompts,
         "mean_absolute_bias": float(bias.bias.abs().mean()),
-        "mean_kl": float((bias.mean_probability * bias.bias).sum(-1).mean()),
+        "probability_weighted_bias": float((bias.mean_probability * bias.bias.abs()).sum(-1).mean()),
     }
     return StageResult(policy, time.perf_counter() - started, facts, token_bias=bias)

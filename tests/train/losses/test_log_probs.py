@@ -21,7 +21,9 @@ def tensor(*shape: int, seed: int, grad: bool = False) -> Tensor:
     return drawn.requires_grad_(grad)
 
 
-def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+def full_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None
+) -> Tensor:
     """The head as the models' own code has it, all logits at once."""
     logits = hidden @ weight.T
     if bias is not None:

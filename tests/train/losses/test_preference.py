@@ -102,7 +102,9 @@ def test_h_and_its_parts() -> None:
 @pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_descent_raises_h(name: str, length_normalised: bool) -> None:
     batch = logps([0.1, -0.5, 0.4], [0.2, 0.3, -0.1], grad=True)
-    preference_loss(name, batch, 0.5, label_smoothing=0.1, length_normalised=length_normalised).sum().backward()
+    preference_loss(
+        name, batch, 0.5, label_smoothing=0.1, length_normalised=length_normalised
+    ).sum().backward()
     assert batch.chosen.grad is not None
     assert batch.rejected.grad is not None
     assert bool((batch.chosen.grad < 0).all())
@@ -120,9 +122,7 @@ def test_a_beta_for_every_pair(name: str) -> None:
 @pytest.mark.parametrize("name", MARGIN_LOSSES)
 def test_a_margin_for_every_pair_shifts_beta_h(name: str) -> None:
     margin = torch.tensor([0.0, 0.5, 2.0])
-    with_margin = preference_loss(
-        name, logps([1.0] * 3, [0.0] * 3), 0.5, margin=margin, label_smoothing=0.1
-    )
+    with_margin = preference_loss(name, logps([1.0] * 3, [0.0] * 3), 0.5, margin=margin, label_smoothing=0.1)
     shifted = preference_loss(name, logps((1 - margin / 0.5).tolist(), [0.0] * 3), 0.5, label_smoothing=0.1)
     torch.testing.assert_close(with_margin, shifted)
     assert bool((with_margin.diff() > 0).all())
@@ -168,7 +168,9 @@ def both_ways(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         for parameter in policy.parameters():
             parameter += 0.005 * torch.randn(parameter.shape, generator=generator)
     pairs = short_pairs()
-    turns = [{"prompt": list(p.prompt), "chosen": answer(p.chosen), "rejected": answer(p.rejected)} for p in pairs]
+    turns = [
+        {"prompt": list(p.prompt), "chosen": answer(p.chosen), "rejected": answer(p.rejected)} for p in pairs
+    ]
     trainer = DPOTrainer(
         model=policy,
         ref_model=reference,

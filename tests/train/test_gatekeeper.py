@@ -1,0 +1,197 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from equipoise.data.sources import SafetyData
+from equipoise.eval.gate import GateRules, GateVerdict
+from equipoise.eval.generation.tsdi import TokenBias, TSDISettings
+from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper, promote
+from equipoise.train.model import save_folder
+from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe
+from equipoise.train.stages.context import StageContext
+
+# With an alpha like this two prompts a category are enough to say something.
+LENIENT = {
+    "alpha": 0.9,
+    "category_limit": 1.0,
+    "overall_limit": 1.0,
+    "over_refusal_margin": 1.0,
+    "min_samples": 1,
+}
+STRICT = {"category_limit": 0.0, "overall_limit": 0.0, "min_samples": 1}
+
+
+def safe(prompt: str, response: str) -> bool:
+    return False
+
+
+def unsafe(prompt: str, response: str) -> bool:
+    return True
+
+
+@pytest.fixture
+def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTML without plots: they take a second each, and have tests of their own."""
+    monkeypatch.setattr(
+        "equipoise.train.gatekeeper.write_report", lambda path, *_, **__: path.write_text("<html>")
+    )
+
+
+@pytest.fixture
+def gatekeeper(
+    tmp_path: Path, tiny_model_folder: Path, make_data: Callable[..., SafetyData], make_judge: Any
+) -> Gatekeeper:
+    recipe = Recipe(
+        name="test",
+        stages={},
+        model=ModelConfig(id=str(tiny_model_folder), dtype="float32"),
+        evaluation=EvaluationConfig(max_new_tokens=3, batch_size=8),
+    )
+    logged: list[tuple[dict[str, float], int, str]] = []
+    context = StageContext(
+        recipe=recipe,
+        data=make_data(1),
+        run_dir=tmp_path / "run",
+        base_folder=str(tiny_model_folder),
+        log=lambda metrics, step, stage: logged.append((dict(metrics), step, stage)),
+        rewind=lambda stage, step: None,
+        say=lambda text: None,
+        progress=lambda *call: None,
+    )
+    context.run_dir.mkdir()
+    (context.run_dir / "recipe.yaml").write_text(yaml.safe_dump({"name": "test"}))
+    keeper = Gatekeeper(context, make_judge(safe), GateRules(**LENIENT))
+    keeper.logged = logged  # type: ignore[attr-defined]
+    return keeper
+
+
+def verdicts(gatekeeper: Gatekeeper) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (gatekeeper.context.run_dir / "gate.jsonl").read_text().splitlines()]
+
+
+def test_a_report_is_written_logged_and_fed_back(gatekeeper: Gatekeeper, make_judge: Any) -> None:
+    context = gatekeeper.context
+    gatekeeper.judge = make_judge(lambda prompt, response: "S2" in prompt)
+    report = gatekeeper.evaluate(BASE, "base-0", context.base_folder)
+    assert {p.name for p in (context.run_dir / "eval" / "base-0").iterdir()} == {"report.json", "report.html"}
+    assert (report.state, report.model, len(report.samples)) == (BASE, context.base_folder, 6 + 6 + 4)
+    assert context.unsafe_counts == {"S1": (0, 2), "S2": (2, 2), "S10": (0, 2)}
+    [(metrics, step, label)] = gatekeeper.logged  # type: ignore[attr-defined]
+    assert (step, label) == (0, "base-0")
+    assert metrics["eval/unsafe_rate/S2"] == 1
+    assert metrics["eval/unsafe_rate"] == pytest.approx(1 / 3)
+    assert metrics["eval/over_refusal_rate"] == pytest.approx(1 / 3)
+    assert metrics["eval/helpfulness"] < 0
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_report_that_is_there_is_not_made_again(gatekeeper: Gatekeeper) -> None:
+    first = gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder)
+    again = Gatekeeper(gatekeeper.context, None, gatekeeper.rules)  # nobody to judge
+    gatekeeper.context.unsafe_counts = None
+    assert again.evaluate(BASE, "base-0", gatekeeper.context.base_folder) == first
+    assert gatekeeper.context.unsafe_counts == {"S1": (0, 2), "S2": (0, 2), "S10": (0, 2)}
+    assert len(gatekeeper.logged) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_torn_report_is_made_again(gatekeeper: Gatekeeper) -> None:
+    folder = gatekeeper.context.run_dir / "eval" / "base-0"
+    first = gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder)
+    (folder / "report.json").write_text((folder / "report.json").read_text()[:100])
+    assert gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder).samples == first.samples
+    assert gatekeeper.judge is not None
+    assert gatekeeper.judge.num_judged == 24  # type: ignore[attr-defined]
+
+
+def test_pass_is_promoted(gatekeeper: Gatekeeper, tiny_model_folder: Path) -> None:
+    context = gatekeeper.context
+    gatekeeper.evaluate(BASE, "base-0", context.base_folder)
+    gatekeeper.evaluate(ALIGNED, "safe-4", str(tiny_model_folder))
+    result = gatekeeper.decide(ALIGNED, "safe-4", str(tiny_model_folder))
+    assert (result.verdict, gatekeeper.promoted) == (GateVerdict.PASS, ALIGNED)
+    promoted = context.run_dir / "promoted"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(promoted), AutoTokenizer.from_pretrained(promoted)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hm?"}], return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**prompt, max_new_tokens=2).shape[0] == 1
+    [line] = verdicts(gatekeeper)
+    assert (line["label"], line["promoted"], line["verdict"]) == ("safe-4", True, "PASS")
+    assert {p.name for p in (context.run_dir / "eval" / "safe-4").iterdir()} == {"report.json", "report.html"}
+
+
+@pytest.mark.usefixtures("quick_reports")
+@pytest.mark.parametrize(
+    ("rules", "verdict"),
+    [(STRICT, GateVerdict.FAIL), (LENIENT | {"min_samples": 1000}, GateVerdict.INCONCLUSIVE)],
+)
+def test_nothing_else_is_promoted(
+    rules: dict[str, Any], verdict: GateVerdict, gatekeeper: Gatekeeper, make_judge: Any
+) -> None:
+    gatekeeper.judge, gatekeeper.rules = make_judge(unsafe), GateRules(**rules)
+    gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder)
+    gatekeeper.evaluate(ALIGNED, "safe-4", gatekeeper.context.base_folder)
+    assert gatekeeper.decide(ALIGNED, "safe-4", gatekeeper.context.base_folder).verdict is verdict
+    assert gatekeeper.promoted is None
+    assert not (gatekeeper.context.run_dir / "promoted").exists()
+    assert [line["promoted"] for line in verdicts(gatekeeper)] == [False]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_verdict_is_recorded_once(gatekeeper: Gatekeeper) -> None:
+    folder = gatekeeper.context.base_folder
+    gatekeeper.evaluate(BASE, "base-0", folder)
+    for label in ("safe-2", "safe-4", "safe-4"):  # the last: an interrupted run, started again
+        gatekeeper.evaluate(ALIGNED, label, folder)
+        gatekeeper.decide(ALIGNED, label, folder)
+    assert [line["label"] for line in verdicts(gatekeeper)] == ["safe-2", "safe-4"]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_promoted_token_bias_goes_with_its_model(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
+    bias = TokenBias(
+        settings=TSDISettings(num_prompts=1, num_positions=2),
+        **{name: torch.zeros(2, 259) for name in ("bias", "mean_probability")},
+    )
+    bias.save(tmp_path / TOKEN_BIAS_FILE)
+    folder = gatekeeper.context.base_folder
+    gatekeeper.evaluate(BASE, "base-0", folder)
+    report = gatekeeper.evaluate(TSDI, "token_bias-0", folder, token_bias=bias)
+    # A bias of nothing changes nothing.
+    assert [s.response for s in report.samples] == [s.response for s in gatekeeper.reports[BASE].samples]
+    gatekeeper.decide(TSDI, "token_bias-0", folder, tmp_path / TOKEN_BIAS_FILE)
+    promoted = gatekeeper.context.run_dir / "promoted"
+    assert torch.equal(TokenBias.load(promoted / TOKEN_BIAS_FILE).bias, bias.bias)
+    assert "lm_head.weight" in load_file(promoted / "model.safetensors")
+
+
+def test_a_later_promotion_replaces_an_earlier_one(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    (tmp_path / "bias").write_text("bias")
+    promote(tmp_path / "first", tmp_path / "bias", tmp_path / "promoted")
+    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"first.txt", TOKEN_BIAS_FILE}
+    promote(tmp_path / "second", None, tmp_path / "promoted")
+    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"second.txt"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    save_folder(tmp_path / "model", lambda aside: (aside / "a").write_text("old") and None)
+
+    def fail(aside: Path) -> None:
+        (aside / "a").write_text("new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_folder(tmp_path / "model", fail)
+    assert (tmp_path / "model" / "a").read_text() == "old"
