@@ -41,8 +41,14 @@ class Gatekeeper:
     rules: GateRules
     reports: dict[str, CategoryReport] = field(default_factory=dict)
     verdicts: dict[str, GateResult] = field(default_factory=dict)
-    promoted: str | None = None
-    """State whose model is in `promoted/`."""
+
+    @property
+    def promoted(self) -> str | None:
+        """State of the model in `promoted/`, as gate.jsonl has it: an interrupted run may have put it there."""
+        path = self.context.run_dir / "gate.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        states = [verdict["state"] for verdict in map(json.loads, lines) if verdict["promoted"]]
+        return states[-1] if states else None
 
     def evaluate(
         self,
@@ -132,8 +138,6 @@ class Gatekeeper:
         self.verdicts[state] = result
         self._write_html(state, label)
         passed = result.verdict is GateVerdict.PASS
-        if passed:
-            self.promoted = state
         if PartialState().is_main_process:
             if passed:
                 promote(Path(model_folder), token_bias_file, self.context.run_dir / "promoted")

@@ -156,7 +156,12 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
     add("--model", default="smollm2_135m", help="smollm2_135m, a hub id or a model folder")
     add("--steps", type=_positive, default=12, help="timed optimizer steps, each on its own batch (12)")
     add("--batch-size", type=_positive, default=8, help="pairs a step (8)")
-    add("--max-length", type=_positive, default=512, help="pairs whose prompt + longer answer exceed it are left out")
+    add(
+        "--max-length",
+        type=_positive,
+        default=512,
+        help="pairs whose prompt + longer answer exceed it are left out",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     add("--learning-rate", type=float, default=2e-4, help="peak, decaying linearly (2e-4)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations, on both sides")
@@ -278,7 +283,9 @@ def trl_side(options: argparse.Namespace, work: Work, scratch: Path, *, precompu
     )
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         if list(trainer.train_dataset[name]) != list(work.rows[name]):
-            raise EquipoiseError(f"TRL and equipoise tokenise these pairs differently ({name}): nothing to compare.")
+            raise EquipoiseError(
+                f"TRL and equipoise tokenise these pairs differently ({name}): nothing to compare."
+            )
     return Side(trainer)
 
 
@@ -321,7 +328,9 @@ def _all_terms(work: Work) -> CategoryTerms:
 def _memory_of(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str, int]:
     """Bytes of this process before the first step, and at the peak of training on the largest batches of either side."""
     side = (trl_side if options.memory_of == "trl" else our_side)(options, work, scratch)
-    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    before = (
+        torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    )
     for of in work.num_tokens:
         side.step(work.largest(of))
     return {"loaded": before, "peak": peak_memory()}
@@ -349,7 +358,9 @@ def _in_own_process(options: argparse.Namespace, program: Path, name: str) -> di
     started = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        raise EquipoiseError(f"the process that measures {name}'s memory failed (exit code {done.returncode})")
+        raise EquipoiseError(
+            f"the process that measures {name}'s memory failed (exit code {done.returncode})"
+        )
     figures: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     print(
         f"memory of {name}, in a process of its own: {figures['peak'] / 2**30:.2f} GiB at the peak "
@@ -501,7 +512,11 @@ def show(console: Console, options: argparse.Namespace, work: Work, result: dict
     trl_own = bytes_of["trl"]["peak"] - bytes_of["trl"]["loaded"]
     table = Table("measured", "TRL", "equipoise", "ratio", "aim")
     table.add_row(
-        "largest difference of a batch's loss", "", "", f"{result['max_loss_difference']:.1e}", "<= 1e-4 in float32"
+        "largest difference of a batch's loss",
+        "",
+        "",
+        f"{result['max_loss_difference']:.1e}",
+        "<= 1e-4 in float32",
     )
     table.add_row(
         "pairs a second, training steps",

@@ -61,7 +61,7 @@ def test_tsdi_has_three_stages_that_share_beta_and_lambda() -> None:
     assert (stages["helpful"].beta, stages["helpful"].lam) == (0.05, 1.0)
     assert (stages["safe"].beta, stages["safe"].lam) == (0.05, 4.0)
     assert stages["helpful"].mixture == {"helpful": 1.0}
-    assert stages["safe"].mixture == {"safety": 0.65, "helpful": 0.35}
+    assert stages["safe"].mixture == {"safety": 0.75, "helpful": 0.25}
 
 
 def test_the_category_recipes_differ_from_dpo_in_their_term_alone() -> None:

@@ -265,11 +265,10 @@ def test_another_recipe_in_the_folder_is_refused(finished: Finished, surrounding
     assert files(finished.folder) == before
 
 
-@pytest.mark.usefixtures("quick_reports")
-def test_tracking_may_change(finished: Finished, surroundings: Surroundings) -> None:
+def test_tracking_and_place_may_change(finished: Finished) -> None:
     other = copy.deepcopy(finished.recipe)
-    other.tracking.tags = ["again"]
-    assert run(other) == 0
+    other.tracking.tags, other.output_dir = ["again"], "moved"
+    run_module._claim(finished.folder, other)
 
 
 # ---- exit codes -----------------------------------------------------------------------------------------------------
