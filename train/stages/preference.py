@@ -101,7 +101,7 @@ def run_preference(
         contexts=_contexts(stage, tokenizer, recipe, context),
         log=lambda metrics, step: context.log(metrics, step, name),
         warn=context.say,
-        progress=context.progress,
+        progress=lambda done, total, what: context.progress(done, total, f"{name}: {what}"),
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model),
         callbacks=[_ProgressCallback(context.progress, f"{name}: training")],
