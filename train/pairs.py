@@ -2,8 +2,8 @@
 
 A 4-D attention mask hides the chosen answer from the rejected one, and positions restart behind the prompt, so
 both answers see what they would see in rows of their own. A short refusal is not padded to the length of a long
-answer, and a long prompt is paid for once. Pairs that together are no longer than the batch's longest share a row,
-hidden from one another the same way: what is left of padding is little.
+answer, and a long prompt is paid for once. Short pairs share a row of little more than the longest pair's length,
+hidden from one another the same way: little is left of padding.
 
     tokens      p0 p1 p2 c0 c1 r0 r1 r2 p0 c0 r0 .
     segment      0  0  0  1  1  2  2  2  3  4  5 -1
@@ -13,6 +13,7 @@ A model that cannot take such a mask gets two rows a pair; `can_share_prompt` fi
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from equipoise.data.schema import PreferencePair, Turn
 
 PARTS = 3
 """A pair's segments: prompt, chosen, rejected."""
+
+ROW_SLACK = 1.25
+"""A row is at most this many times the longest pair: wider rows waste less on padding and more on attention."""
 
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "category", "pair")
 
@@ -107,18 +111,19 @@ def dataset_key(dataset: Dataset) -> str:
 
 
 def pack_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """First-fit decreasing: which pairs share a row, no row longer than the longest pair. Deterministic."""
-    capacity = max(lengths)
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for pair in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((i for i, free in enumerate(room) if lengths[pair] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[row].append(pair)
-        room[row] -= lengths[pair]
-    return rows
+    """Which pairs share a row: as few rows as `ROW_SLACK` allows, evenly filled (longest first, into the emptiest)."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    limit = ROW_SLACK * max(lengths)
+    for num_rows in range(math.ceil(sum(lengths) / limit), len(lengths)):
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        filled = [0] * num_rows
+        for pair in longest_first:
+            row = filled.index(min(filled))
+            rows[row].append(pair)
+            filled[row] += lengths[pair]
+        if max(filled) <= limit:
+            return rows
+    return [[pair] for pair in longest_first]
 
 
 @dataclass
@@ -144,7 +149,7 @@ class PairCollator:
             blocks += [(example["prompt_ids"], sequences) for sequences in shared]
         lengths = [len(prompt) + sum(len(answers_of[n]) for n in sequences) for prompt, sequences in blocks]
         rows = [[i] for i in range(len(blocks))] if self.two_rows else pack_rows(lengths)
-        width = max(lengths)
+        width = max(sum(lengths[block] for block in row) for row in rows)
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
         segment = torch.full((len(rows), width), -1)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,8 +58,8 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help="JSON lines with prompt, chosen, rejected; repeatable; the shipped pairs otherwise",
     )
     add("--model", default="smollm2_135m", help="smollm2_135m, a hub id or a model folder")
-    add("--steps", type=_positive, default=12, help="timed optimizer steps, each on its own batch (12)")
-    add("--batch-size", type=_positive, default=8, help="pairs a step (8)")
+    add("--steps", type=_positive, default=10, help="timed optimizer steps, each on its own batch (10)")
+    add("--batch-size", type=_positive, default=4, help="pairs a step (4: with 8, TRL alone takes 22 GiB)")
     add(
         "--max-length",
         type=_positive,
@@ -158,6 +159,11 @@ def _in_own_process(options: argparse.Namespace, program: Path, name: str) -> di
         command.append("--gradient-checkpointing")
     started = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode == -signal.SIGKILL:
+        raise EquipoiseError(
+            f"the process that measures {name}'s memory was killed, most likely for want of memory; "
+            "lower --batch-size or --max-length."
+        )
     if done.returncode != 0:
         raise EquipoiseError(
             f"the process that measures {name}'s memory failed (exit code {done.returncode})"
@@ -194,9 +200,11 @@ def measure(options: argparse.Namespace, work: Work, scratch: Path) -> dict[str,
     same = ours.adapters()
     if start.keys() != same.keys() or any(not torch.equal(start[name], same[name]) for name in start):
         raise EquipoiseError("the two sides' adapters differ before the first step: nothing to compare.")
+    ours.share_base(trl)
     losses["equipoise"].append(ours.step(warm_up)[0])
     part = work.first(max(options.steps // 3, 2))
     precomputed = trl_side(options, part, scratch, precompute=True)
+    precomputed.share_base(trl)
     seconds: dict[str, list[float]] = {"trl": [], "equipoise": [], "trl_precomputed": []}
 
     def timed(sides: dict[str, Side], batches: Sequence[list[int]], what: str) -> None:

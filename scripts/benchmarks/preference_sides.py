@@ -105,8 +105,16 @@ class Side:
         return loss, time.perf_counter() - started
 
     def adapters(self) -> dict[str, torch.Tensor]:
-        """The trained weights by name."""
+        """A copy of the trained weights, by name."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def share_base(self, other: "Side") -> None:
+        """Use the other side's frozen weights in place of equal ones: several sides, one base in memory."""
+        base = dict(other.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                assert torch.equal(parameter, base[name]), name
+                parameter.data = base[name].data
 
 
 def prepare(options: argparse.Namespace) -> Work:
