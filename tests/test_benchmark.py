@@ -109,8 +109,10 @@ def test_a_difference_that_is_no_number_is_not_equal(preference: ModuleType) -> 
 
 def test_too_few_pairs(preference: ModuleType, tiny_model_folder: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 5, 3)
-    arguments = ["preference", "--model", str(tiny_model_folder), "--pairs", str(pairs), "--steps", "3"]
-    options = preference.argument_parser("benchmark").parse_args(arguments)
+    arguments = ["preference", "--model", str(tiny_model_folder), "--pairs", str(pairs)]
+    options = preference.argument_parser("benchmark").parse_args(
+        [*arguments, "--steps", "3", "--batch-size", "8"]
+    )
     with pytest.raises(EquipoiseError, match=r"5 pairs fit into 512 tokens; 3 steps of 8 need 24"):
         preference.prepare(options)
 
