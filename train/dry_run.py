@@ -58,7 +58,7 @@ def plan(
     )
     say(
         f"about {duration(total + evaluation)} in all on {_where()} at {flops / 1e9:.0f} GFLOP/s, measured just now on "
-        "one matrix product; estimates are good to a factor of two"
+        "one matrix product; a rough guide, and too long on a machine that is busy"
     )
     say("dry run: nothing was trained, nothing was written")
 
