@@ -40,6 +40,11 @@ class Taxonomy:
         """`S1` ... `S13`: the categories that have a definition of their own."""
         return tuple(id for id in self.categories if id != OTHER)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Id -> readable name."""
+        return {category.id: category.name for category in self}
+
     def name(self, id: str) -> str:
         """The readable name of a category, or of `helpful`; `DataError` for anything else."""
         if id == HELPFUL:

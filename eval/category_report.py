@@ -5,7 +5,6 @@ disagree with the samples. The JSON schema is in `eval/README.md`.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from equipoise.data.errors import EquipoiseError
+from equipoise.data.files import write_aside
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import OTHER
 from equipoise.eval.judges.base import Verdict
@@ -318,21 +318,6 @@ def compare(report: CategoryReport, baseline: CategoryReport) -> Comparison:
         over_refusal=_paired(report.over_refusal_outcomes(), baseline.over_refusal_outcomes()),
         helpfulness=mean_interval(differences),
     )
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside its place, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # A lone surrogate becomes an escape, which JSON reads back as itself.
-        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _paired(after: Mapping[str, bool | None], before: Mapping[str, bool | None]) -> PairedChange:

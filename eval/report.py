@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from equipoise.data.files import write_aside
 from equipoise.eval.category_report import (
     CategoryReport,
     Comparison,
     SampleResult,
     compare,
-    write_aside,
 )
 from equipoise.eval.gate import GateCheck, GateResult
 from equipoise.eval.generation.tsdi import TokenShift

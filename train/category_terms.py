@@ -9,7 +9,7 @@ from torch import Tensor
 from equipoise.data.schema import HELPFUL
 from equipoise.train.losses import category as terms
 from equipoise.train.losses.category import CategoryState
-from equipoise.train.recipe import CategoryConfig
+from equipoise.train.recipe_stages import CategoryConfig
 
 TIE = 1e-3
 """Nats: a smaller |h| is a tie. Before the first step h is 0 up to rounding, which says nothing of the policy."""

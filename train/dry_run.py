@@ -15,7 +15,8 @@ from equipoise.data.sources import SafetyData
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.model import uses_frozen_copy
 from equipoise.train.pairs import encode_pairs, encode_turns
-from equipoise.train.recipe import PreferenceStageConfig, Recipe, TokenBiasStageConfig
+from equipoise.train.recipe import Recipe
+from equipoise.train.recipe_stages import PreferenceStageConfig, TokenBiasStageConfig
 from equipoise.train.stages.context import Progress
 from equipoise.train.stages.preference import draw, select_pairs
 from equipoise.train.terminal import console, duration

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from equipoise.eval.category_report import CategoryReport, ReportError
 from equipoise.eval.evaluator import EvaluationSettings, evaluate
 from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
 from equipoise.eval.generation.engine import GenerationSettings
-from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.generation.tsdi import TokenBias, TokenShift
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
 from equipoise.train.model import default_device, load_policy, merged, save_folder, save_policy
@@ -39,6 +40,8 @@ class Gatekeeper:
     judge: Judge | None
     """None where the recipe has nothing judged."""
     rules: GateRules
+    state_names: dict[str, str] = field(default_factory=dict)
+    """Stage -> how reports call what it leaves; absent: `aligned`."""
     reports: dict[str, CategoryReport] = field(default_factory=dict)
     verdicts: dict[str, GateResult] = field(default_factory=dict)
 
@@ -89,7 +92,7 @@ class Gatekeeper:
         if new:
             context.log(_metrics(report), 0, label)
         if state == BASE:
-            self._write_html(state, label)
+            self._write_label(state, label)
         return report
 
     def _record(self, verdict: dict[str, Any]) -> None:
@@ -100,20 +103,30 @@ class Gatekeeper:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def _write_html(self, state: str, label: str) -> None:
-        if not PartialState().is_main_process:
-            return
+    def write_html(
+        self,
+        path: Path,
+        title: str,
+        states: Sequence[str] | None = None,
+        token_bias_rows: Sequence[TokenShift] | None = None,
+    ) -> None:
+        """Write the HTML report of `states` (None: of all), those that were evaluated."""
         context = self.context
+        shown = self.reports.keys() if states is None else [s for s in states if s in self.reports]
         write_report(
-            context.run_dir / "eval" / label / "report.html",
-            {name: self.reports[name] for name in (BASE, state) if name in self.reports},
-            {state: self.verdicts[state]} if state in self.verdicts else {},
-            None,
-            (context.run_dir / "recipe.yaml").read_text(),
-            f"{context.recipe.name}, {label}",
+            path,
+            {state: self.reports[state] for state in shown},
+            {state: self.verdicts[state] for state in shown if state in self.verdicts},
+            token_bias_rows,
+            (context.run_dir / "recipe.yaml").read_text(encoding="utf-8"),
+            f"{context.recipe.name}, {title}",
             provenance(context.recipe, context.data),
-            category_names={category.id: category.name for category in load_taxonomy()},
+            category_names=load_taxonomy().names,
         )
+
+    def _write_label(self, state: str, label: str) -> None:
+        if PartialState().is_main_process:
+            self.write_html(self.context.run_dir / "eval" / label / "report.html", label, (BASE, state))
 
     def inside_stage(
         self, name: str, step: int, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
@@ -125,22 +138,24 @@ class Gatekeeper:
         if PartialState().is_main_process:
             save_policy(merged(copy.deepcopy(model)), tokenizer, folder)
         PartialState().wait_for_everyone()
-        self.evaluate(ALIGNED, label, str(folder))
-        self.decide(ALIGNED, label, str(folder))
+        state = self.state_names.get(name, ALIGNED)
+        self.evaluate(state, label, str(folder))
+        self.decide(state, label, str(folder))
         if PartialState().is_main_process:
             shutil.rmtree(folder)
 
     def decide(
-        self, state: str, label: str, model_folder: str, token_bias_file: Path | None = None
+        self, state: str, label: str, model_folder: str, token_bias: TokenBias | None = None
     ) -> GateResult:
         """Gate the state's report against the base; a PASS is copied to `promoted/`."""
         result = gate(self.reports[state], self.reports.get(BASE), self.rules)
+        self.verdicts.pop(state, None)  # the last one decided stands last
         self.verdicts[state] = result
-        self._write_html(state, label)
+        self._write_label(state, label)
         passed = result.verdict is GateVerdict.PASS
         if PartialState().is_main_process:
             if passed:
-                promote(Path(model_folder), token_bias_file, self.context.run_dir / "promoted")
+                promote(Path(model_folder), token_bias, self.context.run_dir / "promoted")
             self._record({"label": label, "promoted": passed, **result.to_dict()})
         PartialState().wait_for_everyone()
         return result
@@ -156,13 +171,13 @@ def evaluation_settings(recipe: Recipe) -> EvaluationSettings:
     )
 
 
-def promote(model_folder: Path, token_bias_file: Path | None, target: Path) -> None:
+def promote(model_folder: Path, token_bias: TokenBias | None, target: Path) -> None:
     """Copy a model folder (and the token bias it is decoded with) to `target`, aside and renamed."""
 
     def write(aside: Path) -> None:
         shutil.copytree(model_folder, aside, dirs_exist_ok=True)
-        if token_bias_file is not None:
-            shutil.copy(token_bias_file, aside / TOKEN_BIAS_FILE)
+        if token_bias is not None:
+            token_bias.save(aside / TOKEN_BIAS_FILE)
 
     save_folder(target, write)
 

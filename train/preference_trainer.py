@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from equipoise.data.errors import EquipoiseError
+from equipoise.data.files import write_aside
 from equipoise.train import reference_cache
 from equipoise.train.category_terms import TIE, CategoryTerms
 from equipoise.train.completion_head import add_completion_head, base_causal_lm, lm_head
@@ -32,17 +32,12 @@ from equipoise.train.pairs import (
     sum_by_sequence,
 )
 from equipoise.train.random_contexts import RandomContexts
-from equipoise.train.recipe import PreferenceStageConfig
+from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.step_table import StepTable
+from equipoise.train.training import STATE_FILE, TrainingError
 
 COLUMNS = ("slot", "category", "loss", "h", "chosen_log_ratio", "rejected_log_ratio", "kl")
 """What is kept of every pair until the step is logged."""
-
-STATE_FILE = "category_state.json"
-"""Written last into a checkpoint: a checkpoint without it is not complete."""
-
-
-class TrainingError(EquipoiseError):
-    """Training cannot go on; the message says where the evidence was written."""
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -68,7 +63,7 @@ class PreferenceTrainer(DPOTrainer):
         self.stage, self.terms, self.contexts = stage, terms, contexts
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
         self._log_metrics, self._warn, self._reference_progress = log, warn, progress
-        self._table: list[Tensor] = []
+        self._table = StepTable(COLUMNS)
         self._shift: Tensor | None = None
         """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
@@ -208,7 +203,7 @@ class PreferenceTrainer(DPOTrainer):
             kl = self._kl_per_pair(model, inputs, outputs)
             loss = loss + (kappa * kl).mean()
         penalised = self.contexts is not None and self.state.global_step % self.stage.token_bias.every == 0
-        if penalised and not self._table:  # the first microbatch of the step
+        if penalised and not len(self._table):  # the first microbatch of the step
             shift = self._token_bias(model)
             self._shift = shift.detach()
             # Taken every k steps and in one of n microbatches, it counts k * n times: `coef` means the same for any.
@@ -299,7 +294,7 @@ class PreferenceTrainer(DPOTrainer):
     def _keep(
         self, inputs: dict[str, Any], category: Tensor, loss: Tensor, logps: PairLogps, kl: Tensor
     ) -> None:
-        columns = (
+        self._table.keep(
             inputs["slot"],
             category,
             loss,
@@ -308,7 +303,6 @@ class PreferenceTrainer(DPOTrainer):
             logps.rejected_log_ratio,
             kl,
         )
-        self._table.append(torch.stack([c.detach().double() for c in columns], dim=1))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One microbatch; at the end of an optimizer step the category state moves and metrics are written."""
@@ -319,30 +313,13 @@ class PreferenceTrainer(DPOTrainer):
 
     def _finish_step(self) -> None:
         step = self.state.global_step + 1
-        table = self._gather_table()
+        table = self._table.gather(self.accelerator)
         self.terms.observe(table)
         if step % self.stage.category.update_every == 0:
             self.terms.update_from_errors()
         if step % self.stage.log_every == 0:
             self._log_metrics(self._metrics_of(table), step)
         self._shift = None
-
-    def _gather_table(self) -> dict[str, Tensor]:
-        """Every pair of the step, all ranks, each draw once; columns by name, on CPU."""
-        local = torch.cat(self._table)
-        self._table.clear()
-        if self.accelerator.num_processes > 1:
-            local = self.accelerator.pad_across_processes(local, dim=0, pad_index=-1)
-            local = self.accelerator.gather(local)
-        local = local.cpu()
-        # Padded rows carry slot -1; draws that accelerate repeated to fill the last batch carry a slot seen before.
-        slots, first = {}, []
-        for i, slot in enumerate(local[:, 0].tolist()):
-            if slot >= 0 and slot not in slots:
-                slots[slot] = i
-                first.append(i)
-        first.sort(key=lambda i: local[i, 0].item())  # the order of one process, whatever the ranks
-        return dict(zip(COLUMNS, local[first].unbind(1), strict=True))
 
     def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
         metrics: dict[str, float] = {
@@ -373,9 +350,7 @@ class PreferenceTrainer(DPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            aside = folder / f".{STATE_FILE}"
-            aside.write_text(json.dumps(self.terms.state_dict()) + "\n")
-            aside.replace(folder / STATE_FILE)
+            write_aside(folder / STATE_FILE, json.dumps(self.terms.state_dict()) + "\n")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""

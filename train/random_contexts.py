@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.random_prompts import random_continuations, random_prompts
 from equipoise.eval.generation.batches import encode_prompts
-from equipoise.train.recipe import TokenBiasPenaltyConfig
+from equipoise.train.recipe_stages import TokenBiasPenaltyConfig
 
 
 class RandomContexts:

@@ -8,10 +8,12 @@ from typing import Any, TypeVar, cast, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from equipoise.train.recipe import PreferenceStageConfig, Recipe, RecipeError, TokenBiasStageConfig
+from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_checks import Problems, check_recipe
+from equipoise.train.recipe_stage_checks import check_stages
+from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
 
-STAGES: dict[str, type[PreferenceStageConfig] | type[TokenBiasStageConfig]] = {
+STAGES: dict[str, type[StageConfig]] = {
     "preference": PreferenceStageConfig,
     "token_bias": TokenBiasStageConfig,
 }
@@ -46,6 +48,7 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     recipe.stages = _fill_stages(given.get("stages"), problems)
     recipe.gate.rules = _fill_rules(recipe.gate.rules, problems)
     check_recipe(recipe, problems)
+    check_stages(recipe, problems)
     problems.raise_if_any()
     return recipe
 

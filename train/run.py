@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from equipoise.data.files import write_aside
 from equipoise.data.sources import load_data
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.gate import GateResult, GateRules
@@ -26,18 +27,12 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.embedded import EmbeddedJudge
 from equipoise.eval.models import resolve_model
-from equipoise.eval.report import write_report
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.dry_run import plan
 from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
-from equipoise.train.provenance import provenance
-from equipoise.train.recipe import (
-    PreferenceStageConfig,
-    Recipe,
-    RecipeError,
-    TokenBiasStageConfig,
-)
+from equipoise.train.recipe import Recipe, RecipeError
+from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
 from equipoise.train.stages.token_bias import run_token_bias
@@ -125,10 +120,13 @@ def _walk(
 ) -> tuple[Gatekeeper, dict[str, float], dict[str, dict[str, object]], TokenBias | None]:
     """Base evaluation, then each stage with its evaluation and verdict."""
     recipe = context.recipe
+    names = state_names(recipe.stages)
     seconds: dict[str, float] = {}
     facts: dict[str, dict[str, object]] = {}
     judged = recipe.evaluation.baseline or any(stage.evaluate for stage in recipe.stages.values())
-    gatekeeper = Gatekeeper(context, _judge(recipe) if judged else None, GateRules(**recipe.gate.rules))
+    gatekeeper = Gatekeeper(
+        context, _judge(recipe) if judged else None, GateRules(**recipe.gate.rules), names
+    )
     context.gate_inside = gatekeeper.inside_stage
     if recipe.evaluation.baseline:
         started = time.perf_counter()
@@ -136,36 +134,63 @@ def _walk(
         seconds["evaluate base"] = time.perf_counter() - started
     policy, token_bias = context.base_folder, None
     for name, stage in recipe.stages.items():
-        result = _resumed(context, name) or _run_stage(name, stage, policy, context)
+        start = context.policy_folder(stage.start_from, policy)
+        result = _resumed(context, name) or _run_stage(name, stage, start, context)
+        context.finished[name] = result
         seconds[name], facts[name] = result.seconds, result.facts
-        policy, bias_file = result.model_folder, None
-        state = ALIGNED
-        if result.token_bias is not None:
-            token_bias, state = result.token_bias, TSDI
-            bias_file = context.stage_dir(name) / TOKEN_BIAS_FILE
-        if stage.evaluate:
-            started = time.perf_counter()
-            label = f"{name}-{result.facts.get('num_steps', 0)}"
-            gatekeeper.evaluate(state, label, policy, token_bias=result.token_bias)
-            verdict = gatekeeper.decide(state, label, policy, bias_file)
-            seconds[f"evaluate {name}"] = time.perf_counter() - started
-            say(f"{name}: gate says {verdict.verdict.value}")
+        policy = result.model_folder
+        token_bias = result.token_bias or token_bias
+        if not stage.evaluate:
+            continue
+        started = time.perf_counter()
+        step = result.facts.get("num_steps", 0)
+        for variant, folder in result.variants.items():
+            _judged(gatekeeper, f"{names[name]}-{variant}", f"{name}-{variant}", folder, context)
+        if not result.variants:
+            _judged(gatekeeper, names[name], f"{name}-{step}", policy, context, result.token_bias)
+        seconds[f"evaluate {name}"] = time.perf_counter() - started
     return gatekeeper, seconds, facts, token_bias
 
 
-def _run_stage(
-    name: str, stage: PreferenceStageConfig | TokenBiasStageConfig, policy: str, context: StageContext
-) -> StageResult:
-    if isinstance(stage, PreferenceStageConfig):
-        result = run_preference(name, stage, policy, context)
-    else:
-        result = run_token_bias(name, stage, policy, context)
+def state_names(stages: Mapping[str, StageConfig]) -> dict[str, str]:
+    """How reports call what each judged stage leaves: `tsdi` for a token bias, `aligned` for a policy.
+
+    Where a recipe judges several of a sort, each is called by its stage.
+    """
+    sorts = {
+        name: TSDI if isinstance(stage, TokenBiasStageConfig) else ALIGNED
+        for name, stage in stages.items()
+        if stage.evaluate
+    }
+    return {name: name if list(sorts.values()).count(sort) > 1 else sort for name, sort in sorts.items()}
+
+
+def _judged(
+    gatekeeper: Gatekeeper,
+    state: str,
+    label: str,
+    policy: str,
+    context: StageContext,
+    token_bias: TokenBias | None = None,
+) -> None:
+    """Evaluate and gate what a stage left."""
+    gatekeeper.evaluate(state, label, policy, token_bias=token_bias)
+    verdict = gatekeeper.decide(state, label, policy, token_bias)
+    context.say(f"{label}: gate says {verdict.verdict.value}")
+
+
+RUNNERS: dict[type[StageConfig], Callable[[str, Any, str, StageContext], StageResult]] = {
+    PreferenceStageConfig: run_preference,
+    TokenBiasStageConfig: run_token_bias,
+}
+"""What runs a stage: (its name, its keys, the policy's folder, the surroundings) -> what it leaves."""
+
+
+def _run_stage(name: str, stage: StageConfig, policy: str, context: StageContext) -> StageResult:
+    result = RUNNERS[type(stage)](name, stage, policy, context)
     if PartialState().is_main_process:
-        done = {"model_folder": result.model_folder, "seconds": result.seconds, "facts": result.facts}
-        path = context.stage_dir(name) / "done.json"
-        aside = path.with_name(".done.json")
-        aside.write_text(json.dumps(done, indent=1) + "\n")
-        aside.replace(path)  # the last file written: a stage without it is run again
+        # The last file written: a stage without it is run again.
+        write_aside(context.stage_dir(name) / "done.json", result.to_json())
         shutil.rmtree(context.stage_dir(name) / "checkpoints", ignore_errors=True)
     PartialState().wait_for_everyone()
     return result
@@ -176,11 +201,10 @@ def _resumed(context: StageContext, name: str) -> StageResult | None:
     path = context.stage_dir(name) / "done.json"
     if not path.exists():
         return None
-    done = json.loads(path.read_text())
     bias = context.stage_dir(name) / TOKEN_BIAS_FILE
-    say(f"{name}: finished before, kept")
-    return StageResult(
-        done["model_folder"], done["seconds"], done["facts"], TokenBias.load(bias) if bias.exists() else None
+    context.say(f"{name}: finished before, kept")
+    return StageResult.from_json(
+        path.read_text(encoding="utf-8"), TokenBias.load(bias) if bias.exists() else None
     )
 
 
@@ -212,9 +236,7 @@ def _claim(run_dir: Path, recipe: Recipe) -> None:
         say(f"{run_dir}: going on with what is there")
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(yaml.safe_dump(mine, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
 
 
 def _different(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -238,7 +260,6 @@ def _finish(
     """Write summary.json and report.html, print the table; returns the summary."""
     recipe, run_dir = context.recipe, context.run_dir
     base = gatekeeper.reports.get(BASE)
-    names = {category.id: category.name for category in load_taxonomy()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     summary: dict[str, Any] = {
         "name": recipe.name,
@@ -255,23 +276,14 @@ def _finish(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory_bytes": peak,
     }
-    _write_json(run_dir / "summary.json", summary)
+    write_aside(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if gatekeeper.reports:
         rows = None
         if token_bias is not None:
             _, tokenizer = load_policy(recipe.model, context.base_folder)
             rows = token_bias.top_tokens(tokenizer)
-        write_report(
-            run_dir / "report.html",
-            gatekeeper.reports,
-            gatekeeper.verdicts,
-            rows,
-            (run_dir / "recipe.yaml").read_text(),
-            f"{recipe.name}, seed {recipe.seed}",
-            provenance(recipe, context.data),
-            category_names=names,
-        )
-        console.print(category_table(gatekeeper.reports, names))
+        gatekeeper.write_html(run_dir / "report.html", f"seed {recipe.seed}", token_bias_rows=rows)
+        console.print(category_table(gatekeeper.reports, load_taxonomy().names))
     for state, result in gatekeeper.verdicts.items():
         say(f"gate, {state}: {result.verdict.value}")
     say(f"promoted: {gatekeeper.promoted or 'nothing'}")
@@ -282,9 +294,3 @@ def _finish(
 
 def _last_verdict(verdicts: Mapping[str, GateResult]) -> str | None:
     return list(verdicts.values())[-1].verdict.value if verdicts else None
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from equipoise.data.files import write_aside
 from equipoise.train.recipe import TrackingConfig
 from equipoise.train.terminal import say
 
@@ -50,9 +51,7 @@ class Tracker:
         self._file.close()
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if not _behind(json.loads(line), stage, step)]
-        aside = self._path.with_name(f".{self._path.name}")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(self._path)
+        write_aside(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
 
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:

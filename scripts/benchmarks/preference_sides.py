@@ -23,10 +23,10 @@ from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import peft_config
 from equipoise.train.pairs import PairCollator, encode_pairs
 from equipoise.train.preference_trainer import PreferenceTrainer
-from equipoise.train.recipe import (
+from equipoise.train.recipe import ModelConfig
+from equipoise.train.recipe_stages import (
     CategoryConfig,
     MarginConfig,
-    ModelConfig,
     MultiplierConfig,
     PreferenceStageConfig,
     WeightConfig,

@@ -12,7 +12,8 @@ from torch import Tensor
 from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
-from equipoise.train.recipe import ModelConfig, PreferenceStageConfig, Recipe
+from equipoise.train.recipe import ModelConfig, Recipe
+from equipoise.train.recipe_stages import PreferenceStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
 

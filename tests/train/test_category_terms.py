@@ -7,7 +7,7 @@ from torch import Tensor
 
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.losses.preference import PairLogps, preference_loss
-from equipoise.train.recipe import CategoryConfig, MarginConfig, MultiplierConfig, WeightConfig
+from equipoise.train.recipe_stages import CategoryConfig, MarginConfig, MultiplierConfig, WeightConfig
 
 NAMES = ("S1", "S2", "S10", "helpful")
 DRAWS = ["S1"] * 6 + ["S2"] * 3 + ["S10"] * 3 + ["helpful"] * 8

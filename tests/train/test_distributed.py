@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.data.sources import SafetyData
 from equipoise.train import cli
-from equipoise.train.preference_trainer import COLUMNS, PreferenceTrainer
+from equipoise.train.step_table import StepTable
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [
@@ -102,25 +102,24 @@ def test_two_processes_train_as_one_does(
 
 
 def gathered(of_this_rank: list[list[float]], of_another: list[list[float]]) -> dict[str, Tensor]:
-    """`_gather_table` on the first of two ranks; a row is slot, category, loss, and zeros."""
-
-    def table(rows: list[list[float]]) -> Tensor:
-        return torch.tensor([row + [0.0] * (len(COLUMNS) - len(row)) for row in rows], dtype=torch.float64)
-
+    """What the first of two ranks gathers; a row is slot, category, loss."""
+    columns = ("slot", "category", "loss")
     num = max(len(of_this_rank), len(of_another))
 
     def padded(rows: Tensor) -> Tensor:
-        return torch.cat([rows, torch.full((num - len(rows), len(COLUMNS)), -1.0, dtype=torch.float64)])
+        return torch.cat([rows, torch.full((num - len(rows), len(columns)), -1.0, dtype=torch.float64)])
 
-    trainer: Any = object.__new__(PreferenceTrainer)
-    trainer._table = list(table(of_this_rank).split(1))  # several microbatches
-    trainer.accelerator = SimpleNamespace(
+    table = StepTable(columns)
+    for row in of_this_rank:  # several microbatches
+        table.keep(*(torch.tensor([value]) for value in row))
+    another = padded(torch.tensor(of_another, dtype=torch.float64))
+    accelerator: Any = SimpleNamespace(
         num_processes=2,
         pad_across_processes=lambda rows, dim, pad_index: padded(rows),
-        gather=lambda rows: torch.cat([rows, padded(table(of_another))]),
+        gather=lambda rows: torch.cat([rows, another]),
     )
-    found = trainer._gather_table()
-    assert trainer._table == []
+    found = table.gather(accelerator)
+    assert len(table) == 0
     return found
 
 

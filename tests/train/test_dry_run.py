@@ -8,7 +8,8 @@ from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
 from equipoise.train import run as run_module
 from equipoise.train.dry_run import plan
-from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError, TokenBiasStageConfig
+from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError
+from equipoise.train.recipe_stages import TokenBiasStageConfig
 from equipoise.train.run import run
 
 

@@ -155,19 +155,20 @@ def test_a_verdict_is_recorded_once(gatekeeper: Gatekeeper) -> None:
     assert [line["label"] for line in verdicts(gatekeeper)] == ["safe-2", "safe-4"]
 
 
+def no_bias() -> TokenBias:
+    tables = {name: torch.zeros(2, 259) for name in ("bias", "mean_probability")}
+    return TokenBias(settings=TSDISettings(num_prompts=1, num_positions=2), **tables)
+
+
 @pytest.mark.usefixtures("quick_reports")
-def test_a_promoted_token_bias_goes_with_its_model(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
-    bias = TokenBias(
-        settings=TSDISettings(num_prompts=1, num_positions=2),
-        **{name: torch.zeros(2, 259) for name in ("bias", "mean_probability")},
-    )
-    bias.save(tmp_path / TOKEN_BIAS_FILE)
+def test_a_promoted_token_bias_goes_with_its_model(gatekeeper: Gatekeeper) -> None:
+    bias = no_bias()
     folder = gatekeeper.context.base_folder
     gatekeeper.evaluate(BASE, "base-0", folder)
     report = gatekeeper.evaluate(TSDI, "token_bias-0", folder, token_bias=bias)
     # A bias of nothing changes nothing.
     assert [s.response for s in report.samples] == [s.response for s in gatekeeper.reports[BASE].samples]
-    gatekeeper.decide(TSDI, "token_bias-0", folder, tmp_path / TOKEN_BIAS_FILE)
+    gatekeeper.decide(TSDI, "token_bias-0", folder, bias)
     promoted = gatekeeper.context.run_dir / "promoted"
     assert torch.equal(TokenBias.load(promoted / TOKEN_BIAS_FILE).bias, bias.bias)
     assert "lm_head.weight" in load_file(promoted / "model.safetensors")
@@ -177,8 +178,7 @@ def test_a_later_promotion_replaces_an_earlier_one(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(name)
-    (tmp_path / "bias").write_text("bias")
-    promote(tmp_path / "first", tmp_path / "bias", tmp_path / "promoted")
+    promote(tmp_path / "first", no_bias(), tmp_path / "promoted")
     assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"first.txt", TOKEN_BIAS_FILE}
     promote(tmp_path / "second", None, tmp_path / "promoted")
     assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"second.txt"}

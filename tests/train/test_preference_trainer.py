@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from equipoise.train import preference_trainer
 from equipoise.train.pairs import encode_pairs
-from equipoise.train.preference_trainer import PreferenceTrainer, TrainingError
-from equipoise.train.recipe import (
+from equipoise.train.preference_trainer import PreferenceTrainer
+from equipoise.train.recipe import LoraConfig, LossConfig
+from equipoise.train.recipe_stages import (
     CategoryConfig,
     KLConfig,
-    LoraConfig,
-    LossConfig,
     MarginConfig,
     MultiplierConfig,
     PreferenceStageConfig,
@@ -25,6 +24,7 @@ from equipoise.train.recipe import (
     WeightConfig,
 )
 from equipoise.train.stages.preference import draw, select_pairs
+from equipoise.train.training import TrainingError
 
 FULL = {"lora": LoraConfig(enabled=False)}
 EVERYTHING = {

@@ -10,10 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import equipoise.recipes
 from equipoise.train.losses.preference import MARGIN_LOSSES, PREFERENCE_LOSSES
-from equipoise.train.recipe import PreferenceStageConfig, Recipe, RecipeError, TokenBiasStageConfig
-from equipoise.train.recipe_checks import LOSSES, SCHEDULERS
+from equipoise.train.recipe import Recipe, RecipeError
+from equipoise.train.recipe_checks import LOSSES
 from equipoise.train.recipe_checks import MARGIN_LOSSES as CHECKED_MARGIN_LOSSES
 from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe_stage_checks import SCHEDULERS
+from equipoise.train.recipe_stages import PreferenceStageConfig, TokenBiasStageConfig
 
 RECIPES_FOLDER = Path(equipoise.recipes.__path__[0])
 RECIPES = ("category_dro", "category_lambda", "category_margin", "dpo", "tsdi")
@@ -165,7 +167,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert found["beta"] == "found 'abc', expected a number"
     assert found["lam"] == "found 0.0, expected a number above 0"
     assert found["modle"].startswith("unknown key; did you mean 'model'? possible: name, stages, seed")
-    assert found["stages.safe.lamb"].startswith("unknown key; did you mean 'lam'? possible: kind, mixture")
+    assert found["stages.safe.lamb"].startswith("unknown key; did you mean 'lam'? possible: kind, start_from")
     assert found["gate.rules.min_sample"].startswith("unknown key; did you mean 'min_samples'?")
 
 
@@ -264,7 +266,7 @@ def test_an_impossible_stage_is_named_with_what_was_expected(
         ({"space": "logits"}, "space", "found 'logits', did you mean 'logit'?"),
         ({"plausibility": 1}, "plausibility", "found 1.0, expected a share in [0, 1)"),
         ({"num_positions": 0}, "num_positions", "found 0, expected at least 1"),
-        ({"beta": 1}, "beta", "unknown key; possible: kind, alpha"),
+        ({"beta": 1}, "beta", "unknown key; possible: kind, start_from"),
     ],
 )
 def test_an_impossible_token_bias_stage_is_named(change: Mapping[str, object], key: str, reason: str) -> None:
@@ -321,3 +323,19 @@ def test_the_checks_know_the_losses_and_schedulers_that_exist() -> None:
     assert tuple(PREFERENCE_LOSSES) == LOSSES
     assert MARGIN_LOSSES == CHECKED_MARGIN_LOSSES
     assert set(SCHEDULERS) <= {item.value for item in SchedulerType}
+
+
+def test_an_order_of_stages_that_cannot_work_is_named(tmp_path: Path) -> None:
+    stages = {
+        "first": {"kind": "preference", "start_from": "second"},
+        "second": {"kind": "preference", "start_from": "frist"},
+        "third": {"kind": "preference", "start_from": "first"},
+        "fourth": {"kind": "preference", "start_from": str(tmp_path)},
+        "base": {"kind": "preference", "start_from": "base"},
+    }
+    assert minimal_problems(stages=stages) == {
+        "stages.first.start_from": "found 'second', a stage that comes later; possible: base, or a model folder that "
+        "exists",
+        "stages.second.start_from": "found 'frist', expected base, first, or a model folder that exists",
+        "stages.base": "found 'base', which means the starting model; name the stage otherwise",
+    }

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from equipoise.train.preference_trainer import STATE_FILE, TrainingError
-from equipoise.train.recipe import (
+from equipoise.train.recipe import LoraConfig
+from equipoise.train.recipe_stages import (
     CategoryConfig,
     KLConfig,
-    LoraConfig,
     MarginConfig,
     MultiplierConfig,
     PreferenceStageConfig,
     TokenBiasPenaltyConfig,
     WeightConfig,
 )
+from equipoise.train.training import STATE_FILE, TrainingError
 
 
 @pytest.fixture

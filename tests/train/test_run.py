@@ -15,18 +15,15 @@ from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
 from equipoise.train import run as run_module
-from equipoise.train.recipe import (
+from equipoise.train.recipe import EvaluationConfig, GateConfig, ModelConfig, Recipe, RecipeError
+from equipoise.train.recipe_stages import (
     CategoryConfig,
-    EvaluationConfig,
-    GateConfig,
     MarginConfig,
-    ModelConfig,
     PreferenceStageConfig,
-    Recipe,
-    RecipeError,
     TokenBiasStageConfig,
 )
-from equipoise.train.run import run
+from equipoise.train.run import run, state_names
+from equipoise.train.stages.context import StageResult
 
 pytestmark = pytest.mark.slow
 
@@ -83,10 +80,9 @@ def surroundings(
 @pytest.fixture
 def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """HTML without plots: they take a second each, and have tests of their own."""
-    for module in ("run", "gatekeeper"):
-        monkeypatch.setattr(
-            f"equipoise.train.{module}.write_report", lambda path, *_, **__: path.write_text("<html>")
-        )
+    monkeypatch.setattr(
+        "equipoise.train.gatekeeper.write_report", lambda path, *_, **__: path.write_text("<html>")
+    )
 
 
 @pytest.fixture
@@ -334,7 +330,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "run_token_bias", interrupted)
+        patch.setitem(run_module.RUNNERS, TokenBiasStageConfig, interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     num_judged = surroundings.judge.num_judged
@@ -374,3 +370,77 @@ def test_a_stage_is_gated_inside_and_steered(
         load_file(f / "model.safetensors") for f in (folder / "stages/safe/model", folder / "promoted")
     )
     assert all(torch.equal(final[name], weight) for name, weight in promoted.items())
+
+
+# ---- where stages start, and how their states are called -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_stage_can_start_from_the_base_another_stage_or_a_folder(
+    recipe: Recipe, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    starts: dict[str, str] = {}
+
+    def note(name: str, stage: Any, policy: str, context: Any) -> StageResult:
+        starts[name] = policy
+        return StageResult(f"left by {name}", 0.0, {})
+
+    monkeypatch.setitem(run_module.RUNNERS, PreferenceStageConfig, note)
+    plain = replace(recipe.stages["safe"], evaluate=False)
+    sources = {
+        "one": None,
+        "two": None,
+        "again": "base",
+        "three": "one",
+        "four": None,
+        "five": str(elsewhere),
+    }
+    recipe.stages = {name: replace(plain, start_from=source) for name, source in sources.items()}
+    recipe.evaluation.baseline = False
+    run(recipe)
+    assert starts == {
+        "one": recipe.model.id,
+        "two": "left by one",
+        "again": recipe.model.id,
+        "three": "left by one",
+        "four": "left by three",
+        "five": str(elsewhere),
+    }
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_every_variant_of_a_stage_is_judged_by_its_own_name(
+    recipe: Recipe, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = recipe.model.id
+    monkeypatch.setitem(
+        run_module.RUNNERS,
+        PreferenceStageConfig,
+        lambda *_: StageResult(model, 0.0, {}, variants={"0.25": model, "0.5": model}),
+    )
+    recipe.stages = {"merge": recipe.stages["safe"]}
+    assert run(recipe) == 0
+    folder = Path(recipe.output_dir) / "test" / "seed0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["states"]) == ["base", "aligned-0.25", "aligned-0.5"]
+    assert (folder / "eval/merge-0.25/report.json").exists()
+    assert summary["promoted"] == "aligned-0.5"
+    # Read back from done.json, nothing is done twice.
+    num_judged = surroundings.judge.num_judged
+    assert run(recipe) == 0
+    assert surroundings.judge.num_judged == num_judged
+
+
+def test_states_of_a_sort_are_called_by_their_stage(make_stage: Any) -> None:
+    judged, silent, bias = make_stage(evaluate=True), make_stage(evaluate=False), TokenBiasStageConfig()
+    assert state_names({"helpful": silent, "safe": judged, "token_bias": bias}) == {
+        "safe": "aligned",
+        "token_bias": "tsdi",
+    }
+    assert state_names({"helpful": judged, "safe": judged, "token_bias": bias}) == {
+        "helpful": "helpful",
+        "safe": "safe",
+        "token_bias": "tsdi",
+    }

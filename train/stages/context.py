@@ -1,7 +1,8 @@
 """What every stage is given: the recipe, the data, the run's folder, and where to report."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.train.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
+
+BASE = "base"
+"""What `start_from` calls the run's starting model."""
 
 
 @dataclass
@@ -34,6 +38,19 @@ class StageContext:
     unsafe_counts: dict[str, tuple[int, int]] | None = None
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
 
+    finished: dict[str, "StageResult"] = field(default_factory=dict)
+    """What the stages before this one left, by name."""
+
+    def policy_folder(self, source: str | None, before: str) -> str:
+        """The model folder that `start_from` names; `before` is what the stage before left. Checked with the recipe."""
+        if source is None:
+            return before
+        if source == BASE:
+            return self.base_folder
+        return (
+            self.finished[source].model_folder if source in self.finished else str(Path(source).expanduser())
+        )
+
     def stage_dir(self, name: str) -> Path:
         """Folder of a stage: `model/` (when it trains), its own files, and `done.json` when it has ended."""
         return self.run_dir / "stages" / name
@@ -49,3 +66,18 @@ class StageResult:
     facts: dict[str, object]
     """For summary.json: steps, pairs, cache hit ..."""
     token_bias: TokenBias | None = None
+    """Measured by the stage, to be taken off in decoding."""
+    scorer_folder: str | None = None
+    """A reward or cost model that the stage trained; the policy is then as before."""
+    variants: dict[str, str] = field(default_factory=dict)
+    """Further policies to be judged, name -> model folder."""
+
+    def to_json(self) -> str:
+        """Everything but the token bias, which has a file of its own."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "token_bias"}
+        return json.dumps(values, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, token_bias: TokenBias | None) -> "StageResult":
+        """What `to_json` wrote."""
+        return cls(token_bias=token_bias, **json.loads(text))

@@ -3,16 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_callback import PrinterCallback
-from transformers.training_args import TrainingArguments
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from equipoise.data.schema import HELPFUL, PreferencePair
@@ -20,11 +17,13 @@ from equipoise.train import reference_cache
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import load_policy, merged, peft_config, save_policy, uses_frozen_copy
 from equipoise.train.pairs import EncodedPairs, encode_pairs
-from equipoise.train.preference_trainer import STATE_FILE, PreferenceTrainer, TrainingError
+from equipoise.train.preference_trainer import PreferenceTrainer
 from equipoise.train.random_contexts import RandomContexts
-from equipoise.train.recipe import PreferenceStageConfig, Recipe
+from equipoise.train.recipe import Recipe
+from equipoise.train.recipe_stages import PreferenceStageConfig
 from equipoise.train.sampling import order_pairs
-from equipoise.train.stages.context import Progress, StageContext, StageResult
+from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.training import STATE_FILE, examples_per_step, train, training_arguments
 
 
 def select_pairs(
@@ -78,10 +77,7 @@ def run_preference(
             f"{name}: {len(encoded.too_long)} of {len(pairs)} pairs are longer than "
             f"data.max_length={recipe.data.max_length} tokens and left out (first: {', '.join(encoded.too_long[:3])})"
         )
-    batch_pairs = (
-        stage.per_device_batch_size * stage.gradient_accumulation_steps * PartialState().num_processes
-    )
-    rows, names, num_steps = draw(encoded, stage, batch_pairs, recipe.seed)
+    rows, names, num_steps = draw(encoded, stage, examples_per_step(stage), recipe.seed)
     terms = CategoryTerms(stage.category, names, list(rows["category"]))
     if context.unsafe_counts is not None:
         terms.update_from_evaluation(context.unsafe_counts)
@@ -104,16 +100,10 @@ def run_preference(
         progress=lambda done, total, what: context.progress(done, total, f"{name}: {what}"),
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model),
-        callbacks=[_ProgressCallback(context.progress, f"{name}: training")],
     )
-    trainer.remove_callback(PrinterCallback)
-    if recipe.gate.every and stage.evaluate:
-        trainer.add_callback(_GateCallback(trainer, name, context))
     watched = trainer.ref_model if trainer.ref_model is not None else trainer.model
     before = reference_cache.weights_fingerprint(watched) if _is_frozen(trainer, recipe) else None
-    checkpoint = _resume_from(folder / "checkpoints", trainer, context.say)
-    context.rewind(name, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train(trainer, name, stage, context, trainer.terms.load_state_dict)
     if before is not None:
         after = reference_cache.weights_fingerprint(watched)
         assert after == before, "the reference's weights changed during training"
@@ -162,84 +152,10 @@ def _contexts(
 
 
 def _arguments(stage: PreferenceStageConfig, recipe: Recipe, folder: Path, num_steps: int) -> DPOConfig:
-    on_cpu = not torch.cuda.is_available()
     return DPOConfig(
-        output_dir=str(folder),
-        max_steps=num_steps,
-        per_device_train_batch_size=stage.per_device_batch_size,
-        gradient_accumulation_steps=stage.gradient_accumulation_steps,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.lr_scheduler,
-        warmup_steps=stage.warmup,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
+        **training_arguments(stage, recipe, folder, num_steps),
         beta=stage.beta / stage.lam,
-        # bf16 weights: activations in bf16, adapters and their optimizer in fp32.
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=False,
-        use_cpu=on_cpu,
         activation_checkpointing=recipe.model.gradient_checkpointing,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        train_sampling_strategy="sequential",  # `order_pairs` has done it
-        remove_unused_columns=False,
         precompute_ref_log_probs=True,
         max_length=None,
-        save_strategy="steps" if stage.save_every else "no",
-        save_steps=max(stage.save_every, 1),
-        save_total_limit=2,
-        logging_strategy="no",  # `_finish_step` writes exact metrics instead
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=False,
     )
-
-
-def _resume_from(folder: Path, trainer: PreferenceTrainer, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint, its category state loaded; incomplete ones are named and passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
-        try:
-            state = json.loads((checkpoint / STATE_FILE).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            say(f"{checkpoint} is not complete (interrupted while saving) and passed over")
-            continue
-        try:
-            trainer.terms.load_state_dict(state)
-        except ValueError as error:
-            raise TrainingError(
-                f"{checkpoint}: {error}; remove the folder to start the stage anew"
-            ) from error
-        say(f"resuming from {checkpoint}")
-        return checkpoint
-    return None
-
-
-class _ProgressCallback(TrainerCallback):
-    def __init__(self, progress: Progress, what: str) -> None:
-        self._progress, self._what = progress, what
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self._progress(state.global_step, state.max_steps, self._what)
-
-
-class _GateCallback(TrainerCallback):
-    """Judge, gate and update the category terms every `gate.every` optimizer steps."""
-
-    def __init__(self, trainer: PreferenceTrainer, name: str, context: StageContext) -> None:
-        self._trainer, self._name, self._context = trainer, name, context
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        context, trainer = self._context, self._trainer
-        due = state.global_step % context.recipe.gate.every == 0 and state.global_step < state.max_steps
-        if not due or context.gate_inside is None:
-            return
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        context.gate_inside(self._name, state.global_step, model, trainer.processing_class)
-        if context.unsafe_counts is not None:
-            trainer.terms.update_from_evaluation(context.unsafe_counts)

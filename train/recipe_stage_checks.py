@@ -1,0 +1,167 @@
+"""Values and combinations of a recipe's stages that cannot work, found before any model is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from equipoise.data.schema import HELPFUL
+from equipoise.data.taxonomy import load_taxonomy
+from equipoise.train.recipe import LossConfig, Recipe
+from equipoise.train.recipe_checks import (
+    MARGIN_LOSSES,
+    Problems,
+    at_least,
+    check_folder_name,
+    check_loss,
+    check_path,
+    positive,
+    share_of_one,
+)
+from equipoise.train.recipe_stages import (
+    CategoryConfig,
+    KLConfig,
+    PreferenceStageConfig,
+    StageConfig,
+    TokenBiasPenaltyConfig,
+    TokenBiasStageConfig,
+    TrainingConfig,
+)
+
+SUBSETS = ("safety", "helpful")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+BASE = "base"
+"""What `start_from` calls the run's starting model; `stages.context.BASE` is the same, and takes seconds to import."""
+
+
+def check_stages(recipe: Recipe, problems: Problems) -> None:
+    """Note every value of `recipe.stages` that cannot work, and an order of stages that cannot."""
+    earlier: dict[str, StageConfig] = {}
+    for name, stage in recipe.stages.items():
+        path = f"stages.{name}"
+        check_folder_name(path, name, problems)
+        if name == BASE:
+            problems.add(path, f"found {name!r}, which means the starting model; name the stage otherwise")
+        check_source(f"{path}.start_from", stage.start_from, earlier, recipe, problems)
+        if isinstance(stage, TrainingConfig):
+            _check_training(path, stage, problems)
+        if isinstance(stage, PreferenceStageConfig):
+            _check_preference_stage(path, stage, problems)
+        elif isinstance(stage, TokenBiasStageConfig):
+            _check_token_bias_stage(path, stage, problems)
+            if not earlier and stage.start_from is None:
+                problems.add(path, "a token_bias stage measures the stage before it, so it can't come first")
+        earlier[name] = stage
+
+
+def check_source(
+    key: str, source: str | None, earlier: Mapping[str, StageConfig], recipe: Recipe, problems: Problems
+) -> None:
+    """A model is named as `base`, an earlier stage or a folder."""
+    if source is None or source == BASE or source in earlier or Path(source).expanduser().is_dir():
+        return
+    if source in recipe.stages:
+        problems.add(key, f"found {source!r}, a stage that comes later; possible: {_sources(earlier)}")
+    else:
+        problems.add(key, f"found {source!r}, expected {_sources(earlier)}")
+
+
+def _sources(earlier: Mapping[str, StageConfig]) -> str:
+    return ", ".join([BASE, *earlier, "or a model folder that exists"])
+
+
+def _check_training(path: str, stage: TrainingConfig, problems: Problems) -> None:
+    if stage.num_steps is not None:
+        at_least(1, f"{path}.num_steps", stage.num_steps, problems)
+    positive(f"{path}.num_epochs", stage.num_epochs, problems)
+    positive(f"{path}.learning_rate", stage.learning_rate, problems)
+    problems.one_of(f"{path}.lr_scheduler", stage.lr_scheduler, SCHEDULERS)
+    at_least(0, f"{path}.warmup", stage.warmup, problems)
+    problems.expect(
+        stage.warmup < 1 or stage.warmup == int(stage.warmup),
+        f"{path}.warmup",
+        stage.warmup,
+        "a share below 1 or a whole number of steps",
+    )
+    at_least(0, f"{path}.weight_decay", stage.weight_decay, problems)
+    at_least(0, f"{path}.max_grad_norm", stage.max_grad_norm, problems)
+    at_least(1, f"{path}.per_device_batch_size", stage.per_device_batch_size, problems)
+    at_least(1, f"{path}.gradient_accumulation_steps", stage.gradient_accumulation_steps, problems)
+    at_least(0, f"{path}.save_every", stage.save_every, problems)
+    at_least(1, f"{path}.log_every", stage.log_every, problems)
+
+
+def _check_mixture(path: str, mixture: Mapping[str, float], problems: Problems) -> None:
+    for subset, share in mixture.items():
+        if subset in SUBSETS:
+            at_least(0, f"{path}.mixture.{subset}", share, problems)
+        else:
+            problems.unknown(f"{path}.mixture.{subset}", subset, SUBSETS)
+    if not any(share > 0 for share in mixture.values()):
+        problems.add(f"{path}.mixture", "every share is 0; at least one of safety, helpful must be above 0")
+
+
+def _check_preference_stage(path: str, stage: PreferenceStageConfig, problems: Problems) -> None:
+    _check_mixture(path, stage.mixture, problems)
+    positive(f"{path}.beta", stage.beta, problems)
+    positive(f"{path}.lam", stage.lam, problems)
+    check_loss(f"{path}.loss", stage.loss, problems)
+    _check_category(f"{path}.category", stage.category, stage.loss, problems)
+    _check_kl(f"{path}.kl", stage.kl, stage.mixture, problems)
+    _check_penalty(f"{path}.token_bias", stage.token_bias, problems)
+
+
+def _check_category(path: str, category: CategoryConfig, loss: LossConfig, problems: Problems) -> None:
+    margin, weight, multiplier = category.margin, category.weight, category.multiplier
+    if margin.enabled and loss.name not in MARGIN_LOSSES:
+        possible = ", ".join(MARGIN_LOSSES)
+        problems.add(f"{path}.margin.enabled", f"the loss {loss.name!r} has no margin; possible: {possible}")
+    for name, term in (("margin", margin), ("multiplier", multiplier)):
+        positive(f"{path}.{name}.eta", term.eta, problems)
+        share_of_one(f"{path}.{name}.target", term.target, problems)
+    positive(f"{path}.margin.max", margin.max, problems)
+    positive(f"{path}.multiplier.max_log", multiplier.max_log, problems)
+    problems.one_of(f"{path}.weight.mode", weight.mode, ("none", "group_dro", "inverse_frequency"))
+    positive(f"{path}.weight.eta", weight.eta, problems)
+    at_least(0, f"{path}.weight.temperature", weight.temperature, problems)
+    at_least(1, f"{path}.update_every", category.update_every, problems)
+    problems.expect(0 <= category.ema < 1, f"{path}.ema", category.ema, "a decay in [0, 1)")
+    at_least(0, f"{path}.shrinkage", category.shrinkage, problems)
+
+
+def _check_kl(path: str, kl: KLConfig, mixture: Mapping[str, float], problems: Problems) -> None:
+    at_least(0, f"{path}.coef", kl.coef, problems)
+    problems.one_of(f"{path}.estimator", kl.estimator, ("forward", "reverse", "k3"))
+    problems.one_of(f"{path}.on", kl.on, ("chosen", "helpful"))
+    categories = (*load_taxonomy().ids, HELPFUL)
+    for category, coef in kl.per_category.items():
+        if category in categories:
+            at_least(0, f"{path}.per_category.{category}", coef, problems)
+        else:
+            problems.unknown(f"{path}.per_category.{category}", category, categories)
+    active = kl.coef > 0 or any(coef > 0 for coef in kl.per_category.values())
+    if active and kl.on == "helpful" and not mixture.get("helpful"):
+        problems.add(f"{path}.on", "found 'helpful', but the stage's mixture has no helpful pairs")
+
+
+def _check_penalty(path: str, penalty: TokenBiasPenaltyConfig, problems: Problems) -> None:
+    at_least(0, f"{path}.coef", penalty.coef, problems)
+    at_least(1, f"{path}.every", penalty.every, problems)
+    at_least(1, f"{path}.num_contexts", penalty.num_contexts, problems)
+    at_least(1, f"{path}.num_positions", penalty.num_positions, problems)
+    at_least(1, f"{path}.prompt_tokens", penalty.prompt_tokens, problems)
+    problems.one_of(f"{path}.pool", penalty.pool, ("vocabulary", "words"))
+
+
+def _check_token_bias_stage(path: str, stage: TokenBiasStageConfig, problems: Problems) -> None:
+    at_least(0, f"{path}.alpha", stage.alpha, problems)
+    at_least(1, f"{path}.num_prompts", stage.num_prompts, problems)
+    at_least(1, f"{path}.num_positions", stage.num_positions, problems)
+    at_least(1, f"{path}.prompt_tokens", stage.prompt_tokens, problems)
+    at_least(1, f"{path}.batch_size", stage.batch_size, problems)
+    at_least(0, f"{path}.seed", stage.seed, problems)
+    problems.one_of(f"{path}.space", stage.space, ("log_prob", "logit"))
+    problems.one_of(f"{path}.continuation", stage.continuation, ("random", "aligned"))
+    problems.expect(
+        0 <= stage.plausibility < 1, f"{path}.plausibility", stage.plausibility, "a share in [0, 1)"
+    )
+    problems.one_of(f"{path}.pool", stage.pool, ("vocabulary", "words", "file"))
+    check_path(path, "pool", "file", stage.pool, stage.path, problems)
