@@ -32,15 +32,14 @@ PARTS = 3
 ROW_SLACK = 1.25
 """A row is at most this many times the longest pair: wider rows waste less on padding and more on attention."""
 
-PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "category", "pair")
-
 
 @dataclass(frozen=True)
 class EncodedPairs:
     """Tokenised pairs and what did not make it."""
 
     dataset: Dataset
-    """Columns: prompt_ids, chosen_ids, rejected_ids, category (str), pair (row number)."""
+    """Columns: prompt_ids, chosen_ids, rejected_ids, category (str), pair (row number), unsafe_gap (u_l - u_w, with
+    u = 1 for an answer that is labelled unsafe)."""
     ids: list[str]
     """The pairs' own ids, by row number."""
     too_long: list[str]
@@ -55,6 +54,24 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, p
     return list(encoded["input_ids"])
 
 
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Turn], prompt_ids: list[int], text: str
+) -> list[int]:
+    """Token ids of the answer `text` behind `prompt_ids`; empty where the template changes the prompt's tokens."""
+    whole = encode_turns(tokenizer, [*prompt, {"role": "assistant", "content": text}], prompt=False)
+    return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else []
+
+
+def refuse_broken(ids: Sequence[str], num: int, what: str) -> None:
+    """Raise DataError when `encode_answer` found no answer for some of `num` pairs, answers ... (`what`)."""
+    if ids:
+        raise DataError(
+            f"{len(ids)} of {num} {what}: with this chat template the tokens of the prompt are not a prefix "
+            f"of those of prompt + answer, so the answer cannot be told apart (first: {', '.join(ids[:3])}). "
+            "Use a chat template that renders the prompt alike with and without an answer."
+        )
+
+
 def encode_pairs(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedPairs:
@@ -65,16 +82,11 @@ def encode_pairs(
     broken: list[str] = []
     for pair in pairs:
         prompt = encode_turns(tokenizer, pair.prompt, prompt=True)
-        answers = []
-        for text in (pair.chosen, pair.rejected):
-            whole = encode_turns(
-                tokenizer, [*pair.prompt, {"role": "assistant", "content": text}], prompt=False
-            )
-            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-                broken.append(pair.id)
-                break
-            answers.append(whole[len(prompt) :])
-        if len(answers) < 2:
+        answers = [
+            encode_answer(tokenizer, pair.prompt, prompt, text) for text in (pair.chosen, pair.rejected)
+        ]
+        if not all(answers):
+            broken.append(pair.id)
             continue
         if len(prompt) + max(map(len, answers)) > max_length:
             too_long.append(pair.id)
@@ -86,15 +98,11 @@ def encode_pairs(
                 "rejected_ids": answers[1],
                 "category": pair.category,
                 "pair": len(rows),
+                "unsafe_gap": int(pair.rejected_safe is False) - int(pair.chosen_safe is False),
             }
         )
         ids.append(pair.id)
-    if broken:
-        raise DataError(
-            f"{len(broken)} of {len(pairs)} pairs: with this chat template the tokens of the prompt are not a prefix "
-            f"of those of prompt + answer, so the answer cannot be told apart (first: {', '.join(broken[:3])}). "
-            "Use a chat template that renders the prompt alike with and without an answer."
-        )
+    refuse_broken(broken, len(pairs), "pairs")
     if not rows:
         raise DataError(
             f"none of {len(pairs)} pairs fits into data.max_length={max_length} tokens; raise data.max_length"
@@ -132,8 +140,8 @@ class PairCollator:
 
     input_ids, position_ids, segment (R, T), R <= B: short pairs stand behind one another in a row; completion_index,
     completion_targets, completion_sequence (N,), where sequence 2b is pair b's chosen answer and 2b + 1 its rejected
-    one; chosen_lengths, rejected_lengths (B,); pair (B,); ref_chosen_logps and ref_rejected_logps (B,) where the rows
-    have them. With `two_rows` a pair takes two rows of the same kind (prompt | answer), chosen first.
+    one; lengths (2B,), chosen_lengths, rejected_lengths (B,); pair (B,); ref_chosen_logps and ref_rejected_logps (B,)
+    where the rows have them. With `two_rows` a pair takes two rows of the same kind (prompt | answer), chosen first.
     """
 
     pad_token_id: int
@@ -141,54 +149,79 @@ class PairCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate; see the class."""
-        answers_of = [ids for e in examples for ids in (e["chosen_ids"], e["rejected_ids"])]  # by sequence
-        # A block is a prompt and the sequences that share it; rows are made of blocks.
-        blocks: list[tuple[list[int], tuple[int, ...]]] = []
-        for b, example in enumerate(examples):
-            shared = ((2 * b,), (2 * b + 1,)) if self.two_rows else ((2 * b, 2 * b + 1),)
-            blocks += [(example["prompt_ids"], sequences) for sequences in shared]
-        lengths = [len(prompt) + sum(len(answers_of[n]) for n in sequences) for prompt, sequences in blocks]
-        rows = [[i] for i in range(len(blocks))] if self.two_rows else pack_rows(lengths)
-        width = max(sum(lengths[block] for block in row) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        segment = torch.full((len(rows), width), -1)
-        index: dict[int, Tensor] = {}  # by sequence
-        for i, row in enumerate(rows):
-            start = 0
-            for place, (prompt, sequences) in enumerate(blocks[block] for block in row):
-                behind_prompt = start + len(prompt)
-                input_ids[i, start:behind_prompt] = torch.tensor(prompt)
-                position_ids[i, start:behind_prompt] = torch.arange(len(prompt))
-                segment[i, start:behind_prompt] = PARTS * place
-                start = behind_prompt
-                for part, number in enumerate(sequences, start=1):
-                    ids = answers_of[number]
-                    end = start + len(ids)
-                    input_ids[i, start:end] = torch.tensor(ids)
-                    position_ids[i, start:end] = torch.arange(len(prompt), len(prompt) + len(ids))
-                    segment[i, start:end] = PARTS * place + part
-                    # The prompt's last token predicts the first token of either answer.
-                    predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
-                    index[number] = i * width + predictors
-                    start = end
-        batch: dict[str, Any] = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "segment": segment,
-            "completion_index": torch.cat([index[number] for number in range(len(answers_of))]),
-            "completion_targets": torch.tensor([token for ids in answers_of for token in ids]),
-            "completion_sequence": torch.arange(len(answers_of)).repeat_interleave(
-                torch.tensor([len(ids) for ids in answers_of])
-            ),
-            "chosen_lengths": torch.tensor([len(e["chosen_ids"]) for e in examples]),
-            "rejected_lengths": torch.tensor([len(e["rejected_ids"]) for e in examples]),
-            "pair": torch.tensor([e["pair"] for e in examples]),
-        }
-        for name in ("ref_chosen_logps", "ref_rejected_logps", "category_index", "is_helpful", "slot"):
+        blocks: list[Block] = []
+        for e in examples:
+            prompt, chosen, rejected = e["prompt_ids"], e["chosen_ids"], e["rejected_ids"]
+            blocks += (
+                [(prompt, [chosen]), (prompt, [rejected])]
+                if self.two_rows
+                else [(prompt, [chosen, rejected])]
+            )
+        batch = collate_blocks(blocks, self.pad_token_id, share_rows=not self.two_rows)
+        batch["chosen_lengths"], batch["rejected_lengths"] = batch["lengths"][0::2], batch["lengths"][1::2]
+        for name in (
+            "pair",
+            "unsafe_gap",
+            "ref_chosen_logps",
+            "ref_rejected_logps",
+            "category_index",
+            "slot",
+        ):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch
+
+
+Block = tuple[list[int], list[list[int]]]
+"""A prompt and the answers that share it, as token ids."""
+
+
+def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bool) -> dict[str, Tensor]:
+    """Blocks in rows, several in one where `share_rows`; the answers are numbered through, S of them with N tokens.
+
+    input_ids, position_ids, segment (R, T); completion_index, completion_targets, completion_sequence (N,); lengths
+    (S,): each answer's tokens.
+    """
+    answers_of = [ids for _, answers in blocks for ids in answers]  # by sequence
+    first, num_sequences = [], 0  # sequence of each block's first answer
+    for _, answers in blocks:
+        first.append(num_sequences)
+        num_sequences += len(answers)
+    lengths = [len(prompt) + sum(map(len, answers)) for prompt, answers in blocks]
+    rows = pack_rows(lengths) if share_rows else [[i] for i in range(len(blocks))]
+    width = max(sum(lengths[block] for block in row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    segment = torch.full((len(rows), width), -1)
+    index: dict[int, Tensor] = {}  # by sequence
+    for i, row in enumerate(rows):
+        start = 0
+        for place, block in enumerate(row):
+            prompt, answers = blocks[block]
+            behind_prompt = start + len(prompt)
+            input_ids[i, start:behind_prompt] = torch.tensor(prompt)
+            position_ids[i, start:behind_prompt] = torch.arange(len(prompt))
+            segment[i, start:behind_prompt] = PARTS * place
+            start = behind_prompt
+            for part, ids in enumerate(answers, start=1):
+                end = start + len(ids)
+                input_ids[i, start:end] = torch.tensor(ids)
+                position_ids[i, start:end] = torch.arange(len(prompt), len(prompt) + len(ids))
+                segment[i, start:end] = PARTS * place + part
+                # The prompt's last token predicts the first token of either answer.
+                predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
+                index[first[block] + part - 1] = i * width + predictors
+                start = end
+    tokens_of = torch.tensor([len(ids) for ids in answers_of])
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "segment": segment,
+        "completion_index": torch.cat([index[number] for number in range(num_sequences)]),
+        "completion_targets": torch.tensor([token for ids in answers_of for token in ids]),
+        "completion_sequence": torch.arange(num_sequences).repeat_interleave(tokens_of),
+        "lengths": tokens_of,
+    }
 
 
 def pair_attention_mask(segment: Tensor) -> Tensor:
@@ -209,10 +242,10 @@ def pair_attention_mask(segment: Tensor) -> Tensor:
 def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
     """The keyword arguments of the completion forward for a collated batch.
 
-    Batches of two rows a pair are plain right-padded ones, for models that take nothing but a 2-D mask.
+    Batches of a row an answer are plain right-padded ones, for models that take nothing but a 2-D mask.
     """
     segment = batch["segment"]
-    if segment.shape[0] <= batch["pair"].shape[0]:
+    if segment.shape[0] < batch["lengths"].shape[0]:
         layout = {"attention_mask": pair_attention_mask(segment), "position_ids": batch["position_ids"]}
     else:
         layout = {"attention_mask": (segment >= 0).long()}
@@ -226,9 +259,14 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 def sum_by_sequence(per_token: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Per-token values (N,) -> (chosen (B,), rejected (B,)), summed over each answer's tokens, fp32."""
-    num_pairs = batch["pair"].shape[0]
-    total = per_token.new_zeros(2 * num_pairs).index_add(0, batch["completion_sequence"], per_token)
+    total = answer_sums(per_token, batch)
     return total[0::2], total[1::2]
+
+
+def answer_sums(per_token: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Per-token values (N,) -> (S,), summed over each answer's tokens."""
+    zeros = per_token.new_zeros(batch["lengths"].shape[0])
+    return zeros.index_add(0, batch["completion_sequence"], per_token)
 
 
 @torch.no_grad()
