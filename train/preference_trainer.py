@@ -32,7 +32,7 @@ from equipoise.train.pairs import (
     sum_by_sequence,
 )
 from equipoise.train.random_contexts import RandomContexts
-from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.recipe_stages import LogRatioStageConfig, PreferenceStageConfig
 from equipoise.train.step_table import StepTable
 from equipoise.train.training import STATE_FILE, TrainingError
 
@@ -52,7 +52,7 @@ class PreferenceTrainer(DPOTrainer):
         dataset: Dataset,
         category_names: Sequence[str],
         pair_ids: Sequence[str],
-        stage: PreferenceStageConfig,
+        stage: LogRatioStageConfig,
         terms: CategoryTerms,
         contexts: RandomContexts | None,
         log: Callable[[Mapping[str, float], int], None],
@@ -184,19 +184,7 @@ class PreferenceTrainer(DPOTrainer):
             inputs["rejected_lengths"],
         )
         category = inputs["category_index"]
-        beta, margin, weight = self.terms.per_pair(category, self.stage.beta / self.stage.lam)
-        loss_config = self.stage.loss
-        per_pair = preference_loss(
-            loss_config.name,
-            logps,
-            beta,
-            margin=margin,
-            label_smoothing=loss_config.label_smoothing,
-            length_normalised=loss_config.length_normalised,
-        )
-        loss = (weight * per_pair).mean()
-        if loss_config.sft_coef:
-            loss = loss + loss_config.sft_coef * sft_loss(logps)
+        per_pair, loss = self._log_ratio_loss(inputs, logps)
         kl = torch.zeros_like(per_pair)
         kappa = self._kl_coefficients(category)
         if kappa is not None:
@@ -213,6 +201,26 @@ class PreferenceTrainer(DPOTrainer):
         if not torch.isfinite(loss):
             self._stop_non_finite(inputs, per_pair, logps)
         return loss
+
+    def _log_ratio_loss(self, inputs: dict[str, Any], logps: PairLogps) -> tuple[Tensor, Tensor]:
+        """(each pair's loss (B,), their term of the microbatch's loss, scalar)."""
+        assert isinstance(self.stage, PreferenceStageConfig)
+        config = self.stage.loss
+        beta, margin, weight = self.terms.per_pair(
+            inputs["category_index"], self.stage.beta / self.stage.lam
+        )
+        per_pair = preference_loss(
+            config.name,
+            logps,
+            beta,
+            margin=margin,
+            label_smoothing=config.label_smoothing,
+            length_normalised=config.length_normalised,
+        )
+        loss = (weight * per_pair).mean()
+        if config.sft_coef:
+            loss = loss + config.sft_coef * sft_loss(logps)
+        return per_pair, loss
 
     def _kl_coefficients(self, category: Tensor) -> Tensor | None:
         """kappa of each pair (B,), or None where no pair of the run is penalised."""

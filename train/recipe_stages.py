@@ -131,21 +131,43 @@ class TokenBiasPenaltyConfig:
 
 
 @dataclass
-class PreferenceStageConfig(TrainingConfig):
-    """One stage of preference training; an example is a pair."""
+class LogRatioStageConfig(TrainingConfig):
+    """What stages have that train on log pi - log pi_ref of given answers; the reference is where the stage starts."""
 
-    kind: str = "preference"
-    """preference: what makes this a preference stage."""
     mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
-    """Share of each subset (safety, helpful) among the pairs; one pass over the data keeps these shares."""
+    """Share of each subset (safety, helpful) among the examples; one pass over the data keeps these shares."""
     beta: float = 0.1
     """Strength of the pull to the reference, per nat of log-ratio."""
     lam: float = 1.0
     """SACPO's lambda: this stage trains with beta / lam."""
-    loss: LossConfig = field(default_factory=LossConfig)
     category: CategoryConfig = field(default_factory=CategoryConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     token_bias: TokenBiasPenaltyConfig = field(default_factory=TokenBiasPenaltyConfig)
+
+
+@dataclass
+class PreferenceStageConfig(LogRatioStageConfig):
+    """One stage of preference training; an example is a pair."""
+
+    kind: str = "preference"
+    """preference: what makes this a preference stage."""
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
+class KTOStageConfig(LogRatioStageConfig):
+    """One stage of KTO (2402.01306); an example is one answer that is desirable or is not."""
+
+    kind: str = "kto"
+    """kto: what makes this a KTO stage."""
+    split_pairs: bool = False
+    """false: examples that come unpaired, from `data.unpaired_path` or the shipped labelled answers | true: the data's
+    preference pairs, each split into its desirable and its undesirable answer."""
+    desirable_weight: float = 1.0
+    """lambda_D: weight of a desirable answer's loss."""
+    undesirable_weight: float | None = None
+    """lambda_U: weight of an undesirable answer's loss; null: as many times desirable_weight as there are desirable
+    answers to an undesirable one, so that both sides count the same."""
 
 
 @dataclass
