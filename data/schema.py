@@ -1,4 +1,4 @@
-"""The records that travel between the folders: a prompt, a preference pair, a labelled answer.
+"""The records that travel between the folders: a prompt, a preference pair, a labelled or an unpaired answer.
 
 Every loader in `sources.py` ends in one of these; everything behind it reads nothing else.
 """
@@ -19,7 +19,7 @@ class Exchange:
     id: str
     prompt: tuple[Turn, ...]
     category: str
-    """Canonical category id (`S1` ... `S13`, `OTHER`), or `helpful`."""
+    """Canonical category id (`S1` ... `S14`, `OTHER`), or `helpful`."""
     response: str | None = None
     """A reference answer (helpfulness), never the model's own."""
     source: str = ""
@@ -52,3 +52,16 @@ class LabelledExchange:
     safe: bool | None = None
     refusal: bool | None = None
     source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedExchange:
+    """An answer that is desirable or not, without another one beside it: what KTO trains on."""
+
+    id: str
+    prompt: tuple[Turn, ...]
+    response: str
+    desirable: bool
+    category: str
+    source: str = ""
+    meta: dict[str, object] = field(default_factory=dict, compare=False)

@@ -12,7 +12,7 @@ from equipoise.data.sources import load_samples, normalise_prompt
 from equipoise.data.taxonomy import load_taxonomy
 
 SAMPLES = load_samples()
-HAZARDS = load_taxonomy().hazards
+HAZARDS = tuple(id for id in load_taxonomy().hazards if id != "S14")  # it takes tools, the samples have none
 SPLITS: dict[str, Sequence[PreferencePair | Exchange | LabelledExchange]] = {
     "safety_pairs": SAMPLES.safety_pairs,
     "helpful_pairs": SAMPLES.helpful_pairs,

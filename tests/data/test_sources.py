@@ -91,7 +91,7 @@ def test_a_full_pair_keeps_everything(tmp_path: Path) -> None:
         ({"rejected": " On a flat stone. "}, "rejected: is the same as chosen"),
         ({"chosen": "half \ud83d"}, "chosen: holds half of a surrogate pair, which no tokenizer can read"),
         ({"category": ["S1", "S2"]}, "category: found a list, expected one of S1,"),
-        ({"category": "S14"}, "category: found 'S14', expected one of S1,"),
+        ({"category": "S15"}, "category: found 'S15', expected one of S1,"),
         ({"chosen_safe": "yes"}, "chosen_safe: found a text, expected true, false or null"),
         ({"source": 1}, "source: found a number, expected a text"),
         ({"meta": []}, "meta: found a list, expected an object"),
