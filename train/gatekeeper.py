@@ -29,8 +29,6 @@ from equipoise.train.stages.context import StageContext
 BASE, ALIGNED, TSDI = "base", "aligned", "tsdi"
 """Names of model states, in reports and metrics."""
 
-TOKEN_BIAS_FILE = "token_bias.safetensors"
-
 
 @dataclass
 class Gatekeeper:
@@ -177,7 +175,7 @@ def promote(model_folder: Path, token_bias: TokenBias | None, target: Path) -> N
     def write(aside: Path) -> None:
         shutil.copytree(model_folder, aside, dirs_exist_ok=True)
         if token_bias is not None:
-            token_bias.save(aside / TOKEN_BIAS_FILE)
+            token_bias.export(aside)
 
     save_folder(target, write)
 

@@ -24,14 +24,16 @@ from equipoise.data.sources import load_data
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.embedded import EmbeddedJudge
 from equipoise.eval.models import resolve_model
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.dry_run import plan
-from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper
+from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.recipe import Recipe, RecipeError
+from equipoise.train.recipe_data_checks import check_data
 from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
@@ -52,6 +54,7 @@ def run(recipe: Recipe) -> int:
     set_seed(recipe.seed)
     data = load_data(recipe.data.source, recipe.data.path, recipe.data.held_out_fraction, recipe.seed)
     say(f"data: {data.summary()}")
+    check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
     base_folder = _base_folder(recipe, state)
     if recipe.dry_run:

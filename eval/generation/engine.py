@@ -12,7 +12,8 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from equipoise.data.errors import DataError
 from equipoise.data.schema import Turn
 from equipoise.eval.generation.batches import base_of, decoding_by, encode_prompts, inference, left_pad
-from equipoise.eval.generation.tsdi import TokenBias, TSDILogitsProcessor
+from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor
 
 Progress = Callable[[int, int, str], None]
 
@@ -81,7 +82,11 @@ def generate(
     rows = encode_prompts(tokenizer, prompts)
     base = base_of(model)
     _check_lengths(rows, settings, base.config.get_text_config().max_position_embeddings)
-    ends = _end_tokens(base, tokenizer)
+    ends = end_tokens(base, tokenizer)
+    correction = None
+    if token_bias is not None:
+        token_bias.expect_vocabulary(base.config.get_text_config().vocab_size)
+        correction = token_bias.correction().to(base.device)
     # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     generations: dict[int, Generation] = {}
@@ -93,10 +98,12 @@ def generate(
             )
             width = input_ids.shape[1]
             processors = LogitsProcessorList()
-            if token_bias is not None:
-                processors.append(TSDILogitsProcessor(token_bias, prompt_length=width))
-            output = base.generate(
-                input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors
+            if token_bias is not None and correction is not None:
+                plausibility = token_bias.settings.plausibility
+                processors.append(TSDILogitsProcessor(correction, width, plausibility))
+            # The class's own: a folder's custom_generate, loaded with trust_remote_code, would replace base.generate.
+            output = type(base).generate(
+                base, input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors
             )
             for index, answer in zip(batch, output[:, width:].tolist(), strict=True):
                 generations[index] = _read(answer, ends, tokenizer)
@@ -113,7 +120,7 @@ def _read(answer: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase)
     return Generation(text=text, num_tokens=len(tokens), finished=length is not None)
 
 
-def _end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Whatever ends an answer: the model may know more end tokens than its tokenizer, or fewer."""
     configured = base.generation_config.eos_token_id
     known = configured if isinstance(configured, list) else [configured]

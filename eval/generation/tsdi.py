@@ -10,11 +10,12 @@ safety-debiased inference (TSDI, arXiv 2502.02153) measures the shift per answer
 
 The paper leaves open, and we chose: how random text is drawn (`pool`), N, L, and that continuations are
 drawn like prompts (`continuation`). `plausibility` and per-position alpha are additions of this project.
+How the bias is taken out is in `tsdi_decoding.py`.
 """
 
 import json
-import math
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +25,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from equipoise.data.random_prompts import POOLS, Pool, random_continuations, random_prompts
+from equipoise.eval.generation import tsdi_decoding
 from equipoise.eval.generation.batches import base_of, decoding_by, encode_prompts, inference, left_pad
+from equipoise.eval.generation.tsdi_decoding import FORMAT, TOKEN_BIAS_FILE, alphas_of, scaled
 from equipoise.eval.models import ModelError
-
-FORMAT = "equipoise.token_bias.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class TSDISettings:
     """N: random prompts the bias is averaged over."""
     num_positions: int = 8
     """L: answer positions from the start of the answer that are measured and corrected."""
-    alpha: float = 1.0
-    """Share of the bias subtracted when decoding."""
+    alpha: float | tuple[float, ...] = 1.0
+    """Share of the bias subtracted when decoding: one for all positions, or one for each of the L."""
     pool: Pool = "vocabulary"
     """Where random text comes from: vocabulary | words (of given texts) | file (`path`)."""
     path: str | None = None
@@ -63,8 +64,7 @@ class TSDISettings:
         for name in ("num_prompts", "num_positions", "prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ValueError(f"alpha is {self.alpha}; expected 0 or more.")
+        alphas_of(self.alpha, self.num_positions)
         if not 0 <= self.plausibility <= 1:
             raise ValueError(f"plausibility is {self.plausibility}; expected a share from 0 to 1.")
         for name, choices in (
@@ -114,6 +114,15 @@ class TokenBias:
                 f"expected both {shape}."
             )
 
+    def correction(self) -> torch.Tensor:
+        """alpha_i * b_i, (L, V) fp32: what decoding subtracts."""
+        return scaled(self.bias, self.settings.alpha)
+
+    def expect_vocabulary(self, vocab_size: int) -> None:
+        """Raise ModelError unless it was measured over `vocab_size` tokens."""
+        if self.bias.shape[1] != vocab_size:
+            raise ModelError(other_vocabulary("The token bias", self.bias.shape[1], vocab_size))
+
     def with_settings(self, **changes: Any) -> "TokenBias":
         """Return it with other decoding settings (`alpha`, `plausibility`); measured tables stay."""
         unknown = changes.keys() - {"alpha", "plausibility"}
@@ -133,6 +142,17 @@ class TokenBias:
         finally:
             aside.unlink(missing_ok=True)
 
+    def export(self, folder: Path) -> None:
+        """Write it into a model's folder, and beside it the code that decodes with it.
+
+        `custom_generate/generate.py` is transformers' own layout: `generate(custom_generate=folder,
+        trust_remote_code=True)` finds it there, and needs no equipoise.
+        """
+        self.save(folder / TOKEN_BIAS_FILE)
+        code = folder / "custom_generate" / "generate.py"
+        code.parent.mkdir(exist_ok=True)
+        shutil.copyfile(tsdi_decoding.__file__, code)
+
     @classmethod
     def load(cls, path: Path | str, vocab_size: int | None = None) -> "TokenBias":
         """Read what `save` wrote, and check that it was measured over `vocab_size` tokens.
@@ -148,13 +168,16 @@ class TokenBias:
                         f"{path} is no token bias: its format is {metadata.get('format')!r}, expected {FORMAT!r}."
                     )
                 tensors = {name: file.get_tensor(name) for name in ("bias", "mean_probability")}
-            loaded = cls(settings=TSDISettings(**json.loads(metadata["settings"])), **tensors)
+            settings = json.loads(metadata["settings"])
+            if isinstance(settings.get("alpha"), list):
+                settings["alpha"] = tuple(settings["alpha"])
+            loaded = cls(settings=TSDISettings(**settings), **tensors)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"The token bias {path} cannot be read: {error}. Expected a file that the token_bias stage wrote."
             ) from error
         if vocab_size is not None and loaded.bias.shape[1] != vocab_size:
-            raise ModelError(_other_vocabulary(f"The token bias {path}", loaded.bias.shape[1], vocab_size))
+            raise ModelError(other_vocabulary(f"The token bias {path}", loaded.bias.shape[1], vocab_size))
         return loaded
 
     def top_tokens(self, tokenizer: PreTrainedTokenizerBase, num_tokens: int = 5) -> list[TokenShift]:
@@ -235,7 +258,7 @@ def estimate_token_bias(
                 )
             if logits.shape != reference_logits.shape:
                 raise ModelError(
-                    _other_vocabulary("The reference", reference_logits.shape[2], logits.shape[2])
+                    other_vocabulary("The reference", reference_logits.shape[2], logits.shape[2])
                 )
             log_probs = logits.log_softmax(-1)
             if settings.space == "log_prob":
@@ -303,57 +326,8 @@ def _sampled(
     return output[:, input_ids.shape[1] :]
 
 
-class TSDILogitsProcessor(LogitsProcessor):
-    """Subtract alpha_i * b_i from the logits of the i-th answer token, for i up to L.
-
-    Left-padded rows share `prompt_length`, the padded width, so that every row of the batch stands at the
-    same position. Subtracting from logits or from log-probabilities gives the same distribution: they
-    differ by a constant a row.
-
-    With a plausibility limit p > 0, a token less probable than p times the most probable one keeps exactly
-    the probability the aligned model gives it, and the correction moves probability only between the
-    tokens above the limit. So nothing that the aligned model finds implausible gains from the correction,
-    and a bias of zero changes nothing.
-    """
-
-    def __init__(
-        self,
-        token_bias: TokenBias,
-        prompt_length: int,
-        alpha: float | Sequence[float] | None = None,
-    ) -> None:
-        """Take `alpha` from the settings of `token_bias`, or one for all positions, or one for each."""
-        num_positions = token_bias.settings.num_positions
-        chosen = token_bias.settings.alpha if alpha is None else alpha
-        alphas = [float(chosen)] * num_positions if isinstance(chosen, int | float) else list(chosen)
-        if len(alphas) != num_positions:
-            raise ValueError(
-                f"alpha has {len(alphas)} values; expected 1 or {num_positions}, one a position."
-            )
-        self.prompt_length = prompt_length
-        self.plausibility = token_bias.settings.plausibility
-        self.correction = torch.tensor(alphas)[:, None] * token_bias.bias
-        """(L, V) fp32."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return corrected scores (B, V), given the tokens so far (B, T)."""
-        position = input_ids.shape[1] - self.prompt_length
-        if position >= self.correction.shape[0]:
-            return scores
-        if scores.shape[-1] != self.correction.shape[1]:
-            raise ModelError(_other_vocabulary("The token bias", self.correction.shape[1], scores.shape[-1]))
-        self.correction = self.correction.to(scores.device)
-        corrected = scores - self.correction[position]
-        if self.plausibility == 0:
-            return corrected
-        limit = scores.amax(-1, keepdim=True) + math.log(self.plausibility)
-        implausible = scores < limit
-        before = scores.masked_fill(implausible, -math.inf).logsumexp(-1, keepdim=True)
-        after = corrected.masked_fill(implausible, -math.inf).logsumexp(-1, keepdim=True)
-        return torch.where(implausible, scores, corrected + (before - after))
-
-
-def _other_vocabulary(subject: str, found: int, expected: int) -> str:
+def other_vocabulary(subject: str, found: int, expected: int) -> str:
+    """What is said where two vocabularies differ."""
     return (
         f"{subject} covers {found} tokens, the model at hand {expected}. "
         "Both must share one vocabulary: take the models of one run, and estimate the token bias on them."

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from equipoise.data.errors import DataError
 from equipoise.data.schema import Exchange
 from equipoise.eval.generation.batches import base_of, encode_prompts, inference
-from equipoise.eval.generation.tsdi import TokenBias, TSDILogitsProcessor
+from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.generation.tsdi_decoding import take_out
 from equipoise.eval.judges.base import Progress
 from equipoise.eval.suites.base import SuiteData
 
@@ -102,7 +103,7 @@ def _score(
 
 def _corrected(logits: Tensor, token_bias: TokenBias) -> Tensor:
     """Answer logits (T, V) with the first L positions as TSDI decoding would have them."""
-    processor = TSDILogitsProcessor(token_bias, prompt_length=0)
-    # The processor reads the position off the number of answer tokens so far, nothing else.
-    so_far = torch.empty((1, len(logits)), dtype=torch.long, device=logits.device)
-    return torch.cat([processor(so_far[:, :i], logits[i : i + 1]) for i in range(len(logits))])
+    token_bias.expect_vocabulary(logits.shape[-1])
+    correction = token_bias.correction()[: len(logits)].to(logits.device)
+    corrected = take_out(logits[: len(correction)], correction, token_bias.settings.plausibility)
+    return torch.cat([corrected, logits[len(correction) :]])

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from equipoise.data.sources import SafetyData
 from equipoise.eval.gate import GateRules, GateVerdict
 from equipoise.eval.generation.tsdi import TokenBias, TSDISettings
-from equipoise.train.gatekeeper import ALIGNED, BASE, TOKEN_BIAS_FILE, TSDI, Gatekeeper, promote
+from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
+from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper, promote
 from equipoise.train.model import save_folder
 from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe
 from equipoise.train.stages.context import StageContext
@@ -179,7 +180,7 @@ def test_a_later_promotion_replaces_an_earlier_one(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(name)
     promote(tmp_path / "first", no_bias(), tmp_path / "promoted")
-    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"first.txt", TOKEN_BIAS_FILE}
+    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"first.txt", TOKEN_BIAS_FILE, "custom_generate"}
     promote(tmp_path / "second", None, tmp_path / "promoted")
     assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"second.txt"}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

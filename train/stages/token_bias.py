@@ -5,7 +5,7 @@ import time
 from accelerate import PartialState
 
 from equipoise.eval.generation.tsdi import TSDISettings, estimate_token_bias
-from equipoise.train.gatekeeper import TOKEN_BIAS_FILE
+from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.train.model import default_device, load_policy
 from equipoise.train.recipe_stages import TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.data.schema import Turn
 from equipoise.eval.generation.engine import GenerationSettings, generate
-from equipoise.eval.generation.tsdi import TokenBias, TSDILogitsProcessor, TSDISettings, estimate_token_bias
+from equipoise.eval.generation.tsdi import TokenBias, TSDISettings, estimate_token_bias
+from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor
 from equipoise.eval.models import ModelError
 
 # PEFT asks transformers by the old name; nothing of ours.
@@ -50,6 +51,10 @@ def token_bias(bias: list[list[float]], **settings: object) -> TokenBias:
     table = torch.tensor(bias)
     chosen = TSDISettings(num_positions=len(bias), **settings)  # type: ignore[arg-type]
     return TokenBias(bias=table, mean_probability=torch.full_like(table, 0.5), settings=chosen)
+
+
+def processor_of(table: TokenBias, prompt_length: int) -> TSDILogitsProcessor:
+    return TSDILogitsProcessor(table.correction(), prompt_length, table.settings.plausibility)
 
 
 @pytest.mark.parametrize("continuation", ["random", "aligned"])
@@ -196,9 +201,7 @@ def test_what_cannot_be_measured_is_an_error(
 
 
 def test_the_processor_subtracts_by_position_and_then_stops() -> None:
-    processor = TSDILogitsProcessor(
-        token_bias([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], alpha=0.5), prompt_length=4
-    )
+    processor = processor_of(token_bias([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], alpha=0.5), prompt_length=4)
     scores = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
     ids = torch.zeros(2, 6, dtype=torch.long)
     torch.testing.assert_close(
@@ -210,17 +213,18 @@ def test_the_processor_subtracts_by_position_and_then_stops() -> None:
     assert torch.equal(processor(ids, scores), scores)
 
 
-def test_alpha_may_differ_by_position() -> None:
-    table = token_bias([[1.0, 0.0], [1.0, 0.0]])
-    processor = TSDILogitsProcessor(table, prompt_length=1, alpha=[2.0, 0.0])
+def test_alpha_may_differ_by_position(tmp_path: Path) -> None:
+    table = token_bias([[1.0, 0.0], [1.0, 0.0]], alpha=(2.0, 0.0))
+    table.save(tmp_path / "table.safetensors")
     scores = torch.zeros(1, 2)
-    assert processor(torch.zeros(1, 1), scores).tolist() == [[-2.0, 0.0]]
-    assert processor(torch.zeros(1, 2), scores).tolist() == [[0.0, 0.0]]
-    with pytest.raises(ValueError, match="expected 1 or 2"):
-        TSDILogitsProcessor(table, prompt_length=1, alpha=[1.0])
-    assert TSDILogitsProcessor(table.with_settings(alpha=3.0), 1)(torch.zeros(1, 1), scores).tolist() == [
-        [-3.0, 0.0]
-    ]
+    for each in (table, TokenBias.load(tmp_path / "table.safetensors")):
+        processor = processor_of(each, prompt_length=1)
+        assert processor(torch.zeros(1, 1), scores).tolist() == [[-2.0, 0.0]]
+        assert processor(torch.zeros(1, 2), scores).tolist() == [[0.0, 0.0]]
+    with pytest.raises(ValueError, match="alpha has 3 values; expected 1 or 2"):
+        table.with_settings(alpha=(1.0, 2.0, 3.0))
+    one_for_all = processor_of(table.with_settings(alpha=3.0), 1)
+    assert one_for_all(torch.zeros(1, 1), scores).tolist() == [[-3.0, 0.0]]
     with pytest.raises(ValueError, match="estimate anew"):
         table.with_settings(num_positions=1)
 
@@ -230,19 +234,19 @@ def test_an_implausible_token_keeps_its_probability() -> None:
     # The correction would make the fourth token, hardly plausible, the most probable by far.
     bias = [[math.log(2.0), 0.0, 0.0, -10.0]]
     ids = torch.zeros(1, 1)
-    everything = TSDILogitsProcessor(token_bias(bias), prompt_length=1)(ids, scores)
+    everything = processor_of(token_bias(bias), 1)(ids, scores)
     assert everything.argmax().item() == 3
     # Limit 0.5 * 0.6 = 0.3, which the second token just reaches. 0.6 / 2 and 0.3 share 0.9 evenly.
-    limited = TSDILogitsProcessor(token_bias(bias, plausibility=0.49), prompt_length=1)(ids, scores)
+    limited = processor_of(token_bias(bias, plausibility=0.49), 1)(ids, scores)
     torch.testing.assert_close(limited.softmax(-1), torch.tensor([[0.45, 0.45, 0.08, 0.02]]))
 
 
 def test_plausibility_without_bias_changes_nothing() -> None:
     scores = torch.randn(3, 4)
-    limited = TSDILogitsProcessor(token_bias([[0.0] * 4], plausibility=0.3), prompt_length=1)
+    limited = processor_of(token_bias([[0.0] * 4], plausibility=0.3), 1)
     torch.testing.assert_close(limited(torch.zeros(3, 1), scores), scores)
     # At the limit 1 only the most probable token is corrected: it has nobody to share with.
-    alone = TSDILogitsProcessor(token_bias([[5.0] * 4], plausibility=1.0), prompt_length=1)
+    alone = processor_of(token_bias([[5.0] * 4], plausibility=1.0), 1)
     torch.testing.assert_close(alone(torch.zeros(3, 1), scores), scores)
 
 
@@ -307,6 +311,8 @@ def test_top_tokens_are_ranked_by_their_share(tiny_tokenizer: PreTrainedTokenize
         {"prompt_tokens": 0},
         {"alpha": -1.0},
         {"alpha": math.inf},
+        {"alpha": (1.0, 2.0)},
+        {"alpha": (1.0,) * 7 + (-1.0,)},
         {"pool": "letters"},
         {"space": "probability"},
         {"continuation": "reference"},
