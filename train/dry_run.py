@@ -18,7 +18,8 @@ from equipoise.train.pairs import encode_pairs, encode_turns
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_stages import PreferenceStageConfig, TokenBiasStageConfig
 from equipoise.train.stages.context import Progress
-from equipoise.train.stages.preference import draw, select_pairs
+from equipoise.train.stages.log_ratios import draw
+from equipoise.train.stages.preference import stage_pairs
 from equipoise.train.terminal import console, duration
 
 EFFICIENCY = 1 / 3
@@ -75,12 +76,12 @@ def _preference_row(
     say: Callable[[str], None],
     name: str,
 ) -> tuple[list[str], float]:
-    pairs = select_pairs({"safety": data.safety_pairs, "helpful": data.helpful_pairs}, stage.mixture)
+    pairs, _ = stage_pairs(stage, data)
     encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)
     world = PartialState().num_processes
     micro = stage.per_device_batch_size
     rows, names, num_steps = draw(
-        encoded, stage, micro * stage.gradient_accumulation_steps * world, recipe.seed
+        encoded.dataset, stage, micro * stage.gradient_accumulation_steps * world, recipe.seed
     )
     tokens = [
         len(p) + len(c) + len(r)

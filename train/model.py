@@ -76,6 +76,21 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     save_folder(folder, write)
 
 
+def save_adapter(model: Any, base: str, folder: Path) -> None:
+    """Save an unmerged adapter as PEFT loads it, with the model folder (or hub id) it was trained on; aside, renamed.
+
+    A model without an adapter has none to save.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    base_folder = Path(base).expanduser()
+    model.active_peft_config.base_model_name_or_path = (
+        str(base_folder.resolve()) if base_folder.is_dir() else base
+    )
+    # The embeddings are never trained with it; asking PEFT to find that out may ask a hub.
+    save_folder(folder, lambda aside: model.save_pretrained(aside, save_embedding_layers=False))
+
+
 def default_device() -> torch.device:
     """The accelerator of this rank where there is one, else the CPU."""
     if torch.cuda.is_available():

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from equipoise.train import reference_cache
 from equipoise.train.category_terms import TIE, CategoryTerms
 from equipoise.train.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.losses.kl import k3, sequence_mean, token_kl
-from equipoise.train.losses.preference import PairLogps, preference_loss, sft_loss
+from equipoise.train.losses.preference import PairLogps, mixed_loss, sft_loss
 from equipoise.train.pairs import (
     PairCollator,
     can_share_prompt,
@@ -206,11 +207,11 @@ class PreferenceTrainer(DPOTrainer):
         """(each pair's loss (B,), their term of the microbatch's loss, scalar)."""
         assert isinstance(self.stage, PreferenceStageConfig)
         config = self.stage.loss
-        beta, margin, weight = self.terms.per_pair(
-            inputs["category_index"], self.stage.beta / self.stage.lam
-        )
-        per_pair = preference_loss(
-            config.name,
+        if config.weights.get("safedpo"):
+            logps = replace(logps, safety_offset=config.delta * inputs["unsafe_gap"])
+        beta, margin, weight = self.terms.per_pair(inputs["category_index"], self.stage.beta / self.stage.lam)
+        per_pair = mixed_loss(
+            config.weights,
             logps,
             beta,
             margin=margin,

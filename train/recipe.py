@@ -73,13 +73,24 @@ class LossConfig:
     """The preference loss."""
 
     name: str = "sigmoid"
-    """sigmoid | ipo | hinge | robust | apo_zero."""
+    """sigmoid | ipo | hinge | robust | apo_zero | safedpo."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Further losses by name, each with its weight in the sum; `name` weighs 1 where it is not among them."""
     label_smoothing: float = 0.0
     """robust: the share of pairs whose label is wrong, in [0, 0.5)."""
     sft_coef: float = 0.0
     """Weight of the mean negative log-likelihood of the chosen answer, per token."""
     length_normalised: bool = False
     """h from mean instead of summed token log-probabilities."""
+    delta: float = 10.0
+    """safedpo: Delta, by how much a safe answer has to beat an unsafe one, in units of beta*h."""
+    unlabelled: str = "error"
+    """safedpo: what becomes of pairs of a harm category with an answer nobody labelled safe or unsafe: error | drop."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every loss in the sum with its weight."""
+        return {self.name: 1.0, **self.mix}
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.train.recipe import DataConfig, GateConfig, LossConfig, ModelConfig, Recipe, RecipeError
 
-LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero")
-MARGIN_LOSSES = ("sigmoid", "hinge", "robust")
+LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "safedpo")
+MARGIN_LOSSES = ("sigmoid", "hinge", "robust", "safedpo")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -102,12 +102,31 @@ def _check_shared(recipe: Recipe, problems: Problems) -> None:
 def check_loss(path: str, loss: LossConfig, problems: Problems) -> None:
     """Note what cannot work in a preference loss."""
     problems.one_of(f"{path}.name", loss.name, LOSSES)
+    for name, weight in loss.mix.items():
+        if name == "sft":
+            problems.add(f"{path}.mix.sft", f"the SFT term has a key of its own: {path}.sft_coef={weight:g}")
+        elif name == "sigmoid_norm":
+            problems.add(
+                f"{path}.mix.{name}", f"TRL's sigmoid_norm is sigmoid with {path}.length_normalised=true"
+            )
+        elif name not in LOSSES:
+            problems.unknown(f"{path}.mix.{name}", name, LOSSES)
+        else:
+            at_least(0, f"{path}.mix.{name}", weight, problems)
+    if not any(weight > 0 for weight in loss.weights.values()):
+        problems.add(f"{path}.mix", "every loss has the weight 0; at least one must be above 0")
     smoothing = loss.label_smoothing
     problems.expect(0 <= smoothing < 0.5, f"{path}.label_smoothing", smoothing, "a share in [0, 0.5)")
-    if smoothing and loss.name != "robust":
+    if smoothing and not loss.weights.get("robust"):
         reason = f"found {smoothing!r}, but only the loss 'robust' reads it; expected 0 for {loss.name!r}"
         problems.add(f"{path}.label_smoothing", reason)
     at_least(0, f"{path}.sft_coef", loss.sft_coef, problems)
+    at_least(0, f"{path}.delta", loss.delta, problems)
+    problems.one_of(f"{path}.unlabelled", loss.unlabelled, ("error", "drop"))
+    for key, value in (("delta", loss.delta), ("unlabelled", loss.unlabelled)):
+        if value != getattr(LossConfig, key) and not loss.weights.get("safedpo"):
+            reason = f"found {value!r}, but only the loss 'safedpo' reads it; {loss.name!r} would not change"
+            problems.add(f"{path}.{key}", reason)
 
 
 def _check_model(model: ModelConfig, problems: Problems) -> None:

@@ -111,7 +111,7 @@ def _check_preference_stage(path: str, stage: PreferenceStageConfig, problems: P
 
 def _check_category(path: str, category: CategoryConfig, loss: LossConfig, problems: Problems) -> None:
     margin, weight, multiplier = category.margin, category.weight, category.multiplier
-    if margin.enabled and loss.name not in MARGIN_LOSSES:
+    if margin.enabled and not any(loss.weights.get(name) for name in MARGIN_LOSSES):
         possible = ", ".join(MARGIN_LOSSES)
         problems.add(f"{path}.margin.enabled", f"the loss {loss.name!r} has no margin; possible: {possible}")
     for name, term in (("margin", margin), ("multiplier", multiplier)):

@@ -107,7 +107,10 @@ class KLConfig:
     estimator: str = "forward"
     """forward KL(pi || pi_ref) | reverse KL(pi_ref || pi) | k3 (samples' tokens only)."""
     on: str = "chosen"
-    """chosen (all pairs) | helpful (pairs of the category `helpful` only)."""
+    """chosen (the chosen answers of all pairs) | helpful (those of the batch's pairs of the category `helpful`) |
+    benign (the chosen answers of the data's helpful pairs, `num_benign` of them beside every step's own pairs)."""
+    num_benign: int = 8
+    """benign: answers an optimizer step, on each rank."""
     per_category: dict[str, float] = field(default_factory=dict)
     """coef for single categories, in place of `coef`."""
 

@@ -4,7 +4,7 @@ Notation: h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(
 (a category multiplier gives every pair its own); `margin` is delta_c, (B,) or 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ class PairLogps:
     chosen_lengths: Tensor
     """Completion tokens, end-of-turn tokens included."""
     rejected_lengths: Tensor
+    safety_offset: Tensor | float = 0.0
+    """SafeDPO's (u_l - u_w) Delta, with u = 1 for an unsafe answer, in units of beta * h."""
 
     @property
     def chosen_log_ratio(self) -> Tensor:
@@ -49,6 +51,7 @@ class PairLogps:
             self.ref_rejected / rejected,
             self.chosen_lengths,
             self.rejected_lengths,
+            self.safety_offset,
         )
 
 
@@ -58,6 +61,15 @@ Beta = float | Tensor
 def sigmoid_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
     """-log sigmoid(beta h - delta). DPO, Rafailov et al. 2305.18290, eq. 7; the margin is Cat-DPO's."""
     return -F.logsigmoid(beta * logps.h - margin)
+
+
+def safedpo_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
+    """-log sigmoid(beta h - delta - (u_l - u_w) Delta), u = 1 for unsafe: safe has to beat unsafe by Delta; 0 is DPO.
+
+    The pairs have to be in SafeDPO's order (`safety_order.py`), in which u_w = 0. SafeDPO, Kim et al. 2505.20065, the
+    objective with the offset Delta; the paper publishes 10.
+    """
+    return -F.logsigmoid(beta * logps.h - margin - logps.safety_offset)
 
 
 def robust_loss(logps: PairLogps, beta: Beta, margin: Beta, label_smoothing: float) -> Tensor:
@@ -87,9 +99,10 @@ PREFERENCE_LOSSES: dict[str, Callable[[PairLogps, Beta, Beta, float], Tensor]] =
     "hinge": hinge_loss,
     "robust": robust_loss,
     "apo_zero": apo_zero_loss,
+    "safedpo": safedpo_loss,
 }
 
-MARGIN_LOSSES = ("sigmoid", "hinge", "robust")
+MARGIN_LOSSES = ("sigmoid", "hinge", "robust", "safedpo")
 """Losses of beta*h alone, where subtracting a category margin has a meaning."""
 
 
@@ -110,6 +123,33 @@ def preference_loss(
     if length_normalised and name != "ipo":
         logps = logps.per_token()
     return PREFERENCE_LOSSES[name](logps, beta, margin, label_smoothing)
+
+
+def mixed_loss(
+    weights: Mapping[str, float],
+    logps: PairLogps,
+    beta: Beta,
+    *,
+    margin: Beta = 0.0,
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+) -> Tensor:
+    """Sum over losses of weight times loss for each pair, (B,): TRL's `loss_type` list with its `loss_weights`.
+
+    The margin reaches the losses that have one, label smoothing `robust`; see `preference_loss`.
+    """
+    total = torch.zeros_like(logps.chosen)
+    for name, weight in weights.items():
+        loss = preference_loss(
+            name,
+            logps,
+            beta,
+            margin=margin,
+            label_smoothing=label_smoothing,
+            length_normalised=length_normalised,
+        )
+        total = total + weight * loss
+    return total
 
 
 def sft_loss(logps: PairLogps) -> Tensor:
