@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -171,6 +171,12 @@ def load_scorer_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ScorerError(f"The tokenizer of the scorer in {folder} does not load: {error}") from error
 
 
+def load_scorer_head(folder: str | Path) -> nn.Linear:
+    """The score head of a folder of either layout, fp32; raises ScorerError."""
+    folder = Path(folder).expanduser()
+    return _head(_score_head_tensors(folder), folder)
+
+
 def save_scorer(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
@@ -260,11 +266,11 @@ def _load_adapter(
             "that it was trained on."
         )
     model = PeftModel.from_pretrained(model, str(folder))
-    return Scorer(model, _head(load_file(folder / HEAD_FILE), folder), card)
+    return Scorer(model, load_scorer_head(folder), card)
 
 
 def _load_full(folder: Path, card: ScorerCard, dtype: Dtype, options: dict[str, Any]) -> Scorer:
-    head = _head(_score_head_tensors(folder), folder)
+    head = load_scorer_head(folder)
     options = {name: value for name, value in options.items() if value is not None}
     try:
         decoder, info = AutoModel.from_pretrained(
