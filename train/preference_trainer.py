@@ -5,25 +5,24 @@ Kept from TRL: adapters, reference handling, checkpoints, accelerate and DeepSpe
 (sums and counts a category, over all ranks, padding duplicates dropped).
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
 from equipoise.data.files import write_aside
 from equipoise.train import reference_cache
+from equipoise.train.answers import BenignAnswers
 from equipoise.train.category_terms import TIE, CategoryTerms
-from equipoise.train.completion_head import add_completion_head, base_causal_lm, lm_head
-from equipoise.train.losses.kl import k3, sequence_mean, token_kl
+from equipoise.train.completion_head import add_completion_head
+from equipoise.train.kl_penalty import KLPenalty, Reference
 from equipoise.train.losses.preference import PairLogps, mixed_loss, sft_loss
 from equipoise.train.pairs import (
     PairCollator,
@@ -56,6 +55,7 @@ class PreferenceTrainer(DPOTrainer):
         stage: LogRatioStageConfig,
         terms: CategoryTerms,
         contexts: RandomContexts | None,
+        benign: BenignAnswers | None = None,
         log: Callable[[Mapping[str, float], int], None],
         warn: Callable[[str], None],
         progress: Callable[[int, int, str], None] | None = None,
@@ -68,9 +68,10 @@ class PreferenceTrainer(DPOTrainer):
         self._shift: Tensor | None = None
         """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
-        self.helpful_index = (
-            self.category_names.index("helpful") if "helpful" in self.category_names else len(category_names)
-        )
+        self._reference = Reference(self)
+        self._kl_penalty = KLPenalty(stage.kl, category_names, self._reference, benign)
+        self._benign_kl: Tensor | None = None
+        """The step's KL on benign answers on this rank; None on a step without one."""
         collator = PairCollator(kwargs["processing_class"].pad_token_id)
         super().__init__(
             model=model,
@@ -140,8 +141,8 @@ class PreferenceTrainer(DPOTrainer):
             number = i * world + rank
             rows = batches[min(number, len(batches) - 1)]
             batch = self._to_device(self.data_collator([dataset[r] for r in rows]))
-            with torch.no_grad(), self._reference_active(), self.compute_loss_context_manager():
-                log_probs = reference(**model_inputs(batch)).log_probs
+            with self.compute_loss_context_manager():
+                log_probs = self._reference.outputs(self.model, model_inputs(batch)).log_probs
             if number < len(batches):
                 sums = sum_by_sequence(log_probs, batch)
                 chosen[rows], rejected[rows] = sums[0].cpu(), sums[1].cpu()
@@ -157,16 +158,6 @@ class PreferenceTrainer(DPOTrainer):
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.accelerator.device) for k, v in batch.items()}
-
-    @contextlib.contextmanager
-    def _reference_active(self) -> Iterator[None]:
-        """The reference inside: an adapter is switched off; a frozen copy or an untrained policy is one as it is."""
-        policy = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is None and isinstance(policy, PeftModel):
-            with policy.disable_adapter():
-                yield
-        else:
-            yield
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
@@ -187,10 +178,15 @@ class PreferenceTrainer(DPOTrainer):
         category = inputs["category_index"]
         per_pair, loss = self._log_ratio_loss(inputs, logps)
         kl = torch.zeros_like(per_pair)
-        kappa = self._kl_coefficients(category)
+        kappa = self._kl_penalty.kappa(category)
         if kappa is not None:
-            kl = self._kl_per_pair(model, inputs, outputs)
+            kl = self._kl_penalty.of_answers(model, inputs, outputs, every=2)  # of the chosen ones
             loss = loss + (kappa * kl).mean()
+        if self._kl_penalty.on_benign and not len(self._table):  # the first microbatch of the step
+            benign_kl = self._kl_penalty.of_benign(model, self, share_rows=not self.data_collator.two_rows)
+            self._benign_kl = benign_kl.detach()
+            # Taken in one of n microbatches, it counts n times.
+            loss = loss + self.stage.kl.coef * self.current_gradient_accumulation_steps * benign_kl
         penalised = self.contexts is not None and self.state.global_step % self.stage.token_bias.every == 0
         if penalised and not len(self._table):  # the first microbatch of the step
             shift = self._token_bias(model)
@@ -223,59 +219,12 @@ class PreferenceTrainer(DPOTrainer):
             loss = loss + config.sft_coef * sft_loss(logps)
         return per_pair, loss
 
-    def _kl_coefficients(self, category: Tensor) -> Tensor | None:
-        """kappa of each pair (B,), or None where no pair of the run is penalised."""
-        config = self.stage.kl
-        if not config.coef and not any(config.per_category.values()):
-            return None
-        table = [
-            0.0
-            if config.on == "helpful" and i != self.helpful_index
-            else config.per_category.get(name, config.coef)
-            for i, name in enumerate(self.category_names)
-        ]
-        return torch.tensor(table, device=category.device)[category]
-
-    def _kl_per_pair(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Tensor:
-        """Mean KL a token of each pair's chosen answer, (B,)."""
-        num_pairs = inputs["pair"].shape[0]
-        on_chosen = inputs["completion_sequence"] % 2 == 0
-        sequence = inputs["completion_sequence"][on_chosen] // 2
-        reference = self.ref_model if self.ref_model is not None else model
-        with torch.no_grad(), self._reference_active():
-            ref = reference(**model_inputs(inputs))
-        if self.stage.kl.estimator == "k3":
-            per_token = k3(outputs.log_probs[on_chosen], ref.log_probs[on_chosen])
-        else:
-            per_token = self._exact_kl(
-                outputs.hidden[on_chosen], ref.hidden[on_chosen], self.stage.kl.estimator
-            )
-        return sequence_mean(per_token, sequence, num_pairs)
-
-    def _exact_kl(self, hidden: Tensor, ref_hidden: Tensor, estimator: str) -> Tensor:
-        head = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.model)))
-        ref_weight = None
-        if self.ref_model is not None:
-            ref_weight = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.ref_model))).weight
-        return token_kl(
-            hidden,
-            ref_hidden,
-            head.weight,
-            head.bias,
-            estimator=estimator,
-            ref_weight=ref_weight,
-            scale=head.scale,
-            softcap=head.softcap,
-        )
-
     def _token_bias(self, model: nn.Module) -> Tensor:
         """Mean over random contexts and answer positions of KL(pi_ref || pi): what is preferred unread, scalar."""
         assert self.contexts is not None
         inputs = self._to_device(self.contexts.draw(self.state.global_step, self.accelerator.process_index))
-        reference = self.ref_model if self.ref_model is not None else model
-        with torch.no_grad(), self._reference_active():
-            ref_hidden = reference(**inputs).hidden
-        return self._exact_kl(model(**inputs).hidden, ref_hidden, "reverse").mean()
+        ref_hidden = self._reference.outputs(model, inputs).hidden
+        return self._reference.exact_kl(model(**inputs).hidden, ref_hidden, "reverse").mean()
 
     def _stop_non_finite(self, inputs: dict[str, Any], per_pair: Tensor, logps: PairLogps) -> None:
         path = Path(self.args.output_dir) / f"non_finite_rank{self.accelerator.process_index}.json"
@@ -328,7 +277,7 @@ class PreferenceTrainer(DPOTrainer):
             self.terms.update_from_errors()
         if step % self.stage.log_every == 0:
             self._log_metrics(self._metrics_of(table), step)
-        self._shift = None
+        self._shift = self._benign_kl = None
 
     def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
         metrics: dict[str, float] = {
@@ -337,7 +286,9 @@ class PreferenceTrainer(DPOTrainer):
             "train/num_pairs": len(table["loss"]),
             "train/learning_rate": self._get_learning_rate(),
         }
-        if self.stage.kl.coef or self.stage.kl.per_category:
+        if self._benign_kl is not None:  # on all ranks or on none; each has answers of its own
+            metrics["train/kl"] = float(self.accelerator.reduce(self._benign_kl, reduction="mean"))
+        elif self.stage.kl.active:
             metrics["train/kl"] = float(table["kl"].mean())
         if self._shift is not None:  # on all ranks or on none; each has contexts of its own
             metrics["train/token_bias"] = float(self.accelerator.reduce(self._shift, reduction="mean"))

@@ -130,15 +130,18 @@ def _check_category(path: str, category: CategoryConfig, loss: LossConfig, probl
 def _check_kl(path: str, kl: KLConfig, mixture: Mapping[str, float], problems: Problems) -> None:
     at_least(0, f"{path}.coef", kl.coef, problems)
     problems.one_of(f"{path}.estimator", kl.estimator, ("forward", "reverse", "k3"))
-    problems.one_of(f"{path}.on", kl.on, ("chosen", "helpful"))
+    problems.one_of(f"{path}.on", kl.on, ("chosen", "helpful", "benign"))
+    at_least(1, f"{path}.num_benign", kl.num_benign, problems)
     categories = (*load_taxonomy().ids, HELPFUL)
     for category, coef in kl.per_category.items():
         if category in categories:
             at_least(0, f"{path}.per_category.{category}", coef, problems)
         else:
             problems.unknown(f"{path}.per_category.{category}", category, categories)
-    active = kl.coef > 0 or any(coef > 0 for coef in kl.per_category.values())
-    if active and kl.on == "helpful" and not mixture.get("helpful"):
+        if kl.on == "benign" or (kl.on == "helpful" and category != HELPFUL):
+            reason = f"{path}.on={kl.on} penalises answers to harmless prompts alone; set {path}.coef instead"
+            problems.add(f"{path}.per_category.{category}", reason)
+    if kl.active and kl.on == "helpful" and not mixture.get("helpful"):
         problems.add(f"{path}.on", "found 'helpful', but the stage's mixture has no helpful pairs")
 
 

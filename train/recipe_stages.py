@@ -114,6 +114,11 @@ class KLConfig:
     per_category: dict[str, float] = field(default_factory=dict)
     """coef for single categories, in place of `coef`."""
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is penalised."""
+        return bool(self.coef) or any(self.per_category.values())
+
 
 @dataclass
 class TokenBiasPenaltyConfig:
@@ -134,11 +139,17 @@ class TokenBiasPenaltyConfig:
 
 
 @dataclass
-class LogRatioStageConfig(TrainingConfig):
-    """What stages have that train on log pi - log pi_ref of given answers; the reference is where the stage starts."""
+class MixtureConfig(TrainingConfig):
+    """What every stage has that draws its examples from the data's subsets."""
 
     mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
     """Share of each subset (safety, helpful) among the examples; one pass over the data keeps these shares."""
+
+
+@dataclass
+class LogRatioStageConfig(MixtureConfig):
+    """What stages have that train on log pi - log pi_ref of given answers; the reference is where the stage starts."""
+
     beta: float = 0.1
     """Strength of the pull to the reference, per nat of log-ratio."""
     lam: float = 1.0
@@ -171,6 +182,45 @@ class KTOStageConfig(LogRatioStageConfig):
     undesirable_weight: float | None = None
     """lambda_U: weight of an undesirable answer's loss; null: as many times desirable_weight as there are desirable
     answers to an undesirable one, so that both sides count the same."""
+
+
+@dataclass
+class ScorerStageConfig(MixtureConfig):
+    """What reward and cost models have in common; an example is a pair, and the policy is left as it was."""
+
+    evaluate: bool = False
+    """false: there is no new policy to judge; the scorer's accuracy on held-out pairs is in the stage's facts."""
+    regularization: float = 0.001
+    """mu: weight of the squared scores of both answers, which keeps them near 0."""
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    held_out_fraction: float = 0.1
+    """Share of each category's prompts whose pairs are not trained on but scored at the end."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations on the held-out pairs; 0: at the end only."""
+    normalise: bool = False
+    """Divide the saved model's scores by their standard deviation over the training answers; a reward is shifted to
+    mean 0 too, a cost is not: its 0 separates safe from unsafe."""
+
+
+@dataclass
+class RewardModelStageConfig(ScorerStageConfig):
+    """Train a reward model from the policy: which answer is preferred."""
+
+    kind: str = "reward_model"
+    """reward_model: what makes this a reward-model stage."""
+    mixture: dict[str, float] = field(default_factory=lambda: {"helpful": 1.0})
+    """Share of each subset (safety, helpful) among the pairs."""
+
+
+@dataclass
+class CostModelStageConfig(ScorerStageConfig):
+    """Train a cost model from the policy: which answer is more harmful, and whether it is unsafe at all (cost > 0)."""
+
+    kind: str = "cost_model"
+    """cost_model: what makes this a cost-model stage."""
+    mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
+    """Share of each subset (safety, helpful) among the pairs; both answers of a helpful pair count as safe, and
+    neither as the more harmful one."""
 
 
 @dataclass

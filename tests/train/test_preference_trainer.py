@@ -23,7 +23,8 @@ from equipoise.train.recipe_stages import (
     TokenBiasPenaltyConfig,
     WeightConfig,
 )
-from equipoise.train.stages.preference import draw, select_pairs
+from equipoise.train.stages.log_ratios import draw
+from equipoise.train.stages.preference import select_pairs
 from equipoise.train.training import TrainingError
 
 FULL = {"lora": LoraConfig(enabled=False)}
@@ -113,7 +114,7 @@ def test_metrics_of_a_step_equal_a_recomputation(
     stage, data = make_stage(num_steps=4), make_data()
     pairs = select_pairs({"safety": data.safety_pairs, "helpful": data.helpful_pairs}, stage.mixture)
     encoded = encode_pairs(pairs, AutoTokenizer.from_pretrained(tiny_model_folder), 512)
-    rows, names, _ = draw(encoded, stage, 8, 0)
+    rows, names, _ = draw(encoded.dataset, stage, 8, 0)
     assert names == ["S1", "S2", "S10", "helpful"]
     found: dict[str, list[tuple[float, float]]] = {}
     for row in list(rows)[24:]:
@@ -229,24 +230,6 @@ def test_a_kl_penalty_keeps_the_policy_near_the_reference(
         return float(values[-1])
 
     assert 0 < last_kl(30.0) < 0.8 * last_kl(1e-9)
-
-
-def test_kl_coefficients_of_pairs(make_stage: Any) -> None:
-    trainer = object.__new__(PreferenceTrainer)
-    trainer.category_names, trainer.helpful_index = ("S1", "S2", "helpful"), 2
-    category = torch.tensor([0, 1, 2, 0])
-
-    def coefficients(**kl: Any) -> list[float] | None:
-        trainer.stage = make_stage(kl=KLConfig(**kl))
-        found = trainer._kl_coefficients(category)
-        return None if found is None else [round(value, 6) for value in found.tolist()]
-
-    assert coefficients() is None
-    assert coefficients(per_category={"S1": 0.0}) is None
-    assert coefficients(coef=0.5) == [0.5, 0.5, 0.5, 0.5]
-    assert coefficients(coef=0.5, on="helpful") == [0, 0, 0.5, 0]
-    assert coefficients(coef=0.5, per_category={"S1": 2.0, "S2": 0.0}) == [2, 0, 0.5, 2]
-    assert coefficients(per_category={"helpful": 1.0}) == [0, 0, 1, 0]
 
 
 def test_a_token_bias_penalty_reduces_the_shift(train_stage: Any, make_stage: Any) -> None:

@@ -15,6 +15,7 @@ from trl import DPOConfig
 
 from equipoise.data.schema import HELPFUL
 from equipoise.train import reference_cache
+from equipoise.train.answers import BenignAnswers, encode_chosen
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import (
     load_policy,
@@ -27,7 +28,7 @@ from equipoise.train.model import (
 from equipoise.train.preference_trainer import PreferenceTrainer
 from equipoise.train.random_contexts import RandomContexts
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import LogRatioStageConfig
+from equipoise.train.recipe_stages import KLConfig, LogRatioStageConfig, MixtureConfig
 from equipoise.train.sampling import order_pairs
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.training import STATE_FILE, train, training_arguments
@@ -50,7 +51,7 @@ class Drawn:
 
 
 def draw(
-    dataset: Dataset, stage: LogRatioStageConfig, num_examples: int, seed: int
+    dataset: Dataset, stage: MixtureConfig, num_examples: int, seed: int
 ) -> tuple[Dataset, list[str], int]:
     """The training rows in order, the category names behind `category_index`, and the optimizer steps.
 
@@ -95,7 +96,7 @@ def train_on_log_ratios(
         terms.update_from_evaluation(context.unsafe_counts)
     frozen_copy = uses_frozen_copy(recipe.model)
     reference = None
-    if frozen_copy and (stage.kl.coef or any(stage.kl.per_category.values()) or stage.token_bias.coef):
+    if frozen_copy and (stage.kl.active or stage.token_bias.coef):
         reference = _frozen(policy, recipe)
     trainer = trainer_class(
         model=model,
@@ -107,6 +108,7 @@ def train_on_log_ratios(
         stage=stage,
         terms=terms,
         contexts=_contexts(stage, tokenizer, recipe, context),
+        benign=benign_answers(stage.kl, tokenizer, context),
         log=lambda metrics, step: context.log(metrics, step, name),
         warn=context.say,
         progress=lambda done, total, what: context.progress(done, total, f"{name}: {what}"),
@@ -154,6 +156,21 @@ def _is_frozen(trainer: PreferenceTrainer, recipe: Recipe) -> bool:
 def _frozen(policy: str, recipe: Recipe) -> torch.nn.Module:
     model, _ = load_policy(recipe.model, policy)
     return model.requires_grad_(False)
+
+
+def benign_answers(
+    kl: KLConfig, tokenizer: PreTrainedTokenizerBase, context: StageContext
+) -> BenignAnswers | None:
+    """The answers of a penalty `on: benign`; those longer than data.max_length are left out, and said."""
+    if not kl.active or kl.on != "benign":
+        return None
+    max_length, pairs = context.recipe.data.max_length, context.data.helpful_pairs
+    encoded = encode_chosen(pairs, tokenizer, max_length)
+    if encoded.too_long:
+        context.say(
+            f"kl: {len(encoded.too_long)} of {len(pairs)} benign answers are longer than {max_length} tokens"
+        )
+    return BenignAnswers(encoded.dataset, tokenizer.pad_token_id, kl.num_benign, context.recipe.seed)
 
 
 def _contexts(

@@ -1,0 +1,102 @@
+"""Single answers as batches `[prompt | answer]`, short ones sharing a row: for SFT, and for KL beside the pairs."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from equipoise.data.errors import DataError
+from equipoise.data.schema import PreferencePair
+from equipoise.train.pairs import collate_blocks, encode_answer, encode_turns, refuse_broken
+
+
+@dataclass(frozen=True)
+class EncodedAnswers:
+    """Tokenised chosen answers and what did not make it."""
+
+    dataset: Dataset
+    """Columns: prompt_ids, answer_ids, category (str), example (row number)."""
+    ids: list[str]
+    """The pairs' own ids, by row number."""
+    too_long: list[str]
+    """Ids of the answers dropped because prompt + answer exceed max_length."""
+
+
+def encode_chosen(
+    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedAnswers:
+    """Tokenise each pair's chosen answer behind its prompt.
+
+    Raises DataError when the template's prompt is no prefix of prompt + answer, or nothing fits.
+    """
+    rows: list[dict[str, Any]] = []
+    ids: list[str] = []
+    too_long: list[str] = []
+    broken: list[str] = []
+    for pair in pairs:
+        prompt = encode_turns(tokenizer, pair.prompt, prompt=True)
+        answer = encode_answer(tokenizer, pair.prompt, prompt, pair.chosen)
+        if not answer:
+            broken.append(pair.id)
+        elif len(prompt) + len(answer) > max_length:
+            too_long.append(pair.id)
+        else:
+            example = {"category": pair.category, "example": len(rows)}
+            rows.append({"prompt_ids": prompt, "answer_ids": answer, **example})
+            ids.append(pair.id)
+    refuse_broken(broken, len(pairs), "answers")
+    if not rows:
+        raise DataError(
+            f"none of {len(pairs)} answers fits into data.max_length={max_length} tokens; raise data.max_length"
+        )
+    return EncodedAnswers(Dataset.from_list(rows), ids, too_long)
+
+
+@dataclass
+class AnswerCollator:
+    """Rows of the dataset -> a batch of tensors (`collator(rows)`): `collate_blocks`, sequence b being example b.
+
+    category_index, slot and example (B,) where the rows have them.
+    """
+
+    pad_token_id: int
+    share_rows: bool = True
+    """False: a right-padded row an answer, for models that take nothing but a 2-D mask."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate; see the class."""
+        blocks = [(e["prompt_ids"], [e["answer_ids"]]) for e in examples]
+        batch = collate_blocks(blocks, self.pad_token_id, share_rows=self.share_rows)
+        for name in ("category_index", "slot", "example"):
+            if name in examples[0]:
+                batch[name] = torch.tensor([e[name] for e in examples])
+        return batch
+
+
+class BenignAnswers:
+    """Chosen answers to harmless prompts, drawn beside a stage's own data: pass after pass, each newly shuffled.
+
+    A draw depends on seed, step and rank alone: a resumed run draws what an uninterrupted one does.
+    """
+
+    def __init__(self, dataset: Dataset, pad_token_id: int, num_answers: int, seed: int) -> None:
+        """num_answers: of one draw."""
+        self._rows = list(dataset)
+        self._pad_token_id, self._num_answers, self._seed = pad_token_id, num_answers, seed
+
+    def draw(self, step: int, rank: int, world: int, *, share_rows: bool) -> dict[str, Tensor]:
+        """The batch of an optimizer step on one of `world` ranks; no two draw alike. See `AnswerCollator`."""
+        first = (step * world + rank) * self._num_answers
+        rows = [self._row(position) for position in range(first, first + self._num_answers)]
+        return AnswerCollator(self._pad_token_id, share_rows)(rows)
+
+    def _row(self, position: int) -> Mapping[str, Any]:
+        num_pass, place = divmod(position, len(self._rows))
+        order = list(range(len(self._rows)))
+        random.Random(f"{self._seed}/benign/{num_pass}").shuffle(order)
+        return self._rows[order[place]]
