@@ -45,9 +45,10 @@ def run_preference(
             context.say(f"{name}: {order.summary()}")
         encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)
         if encoded.too_long:
+            first = ", ".join(encoded.too_long[:3])
             context.say(
                 f"{name}: {len(encoded.too_long)} of {len(pairs)} pairs are longer than "
-                f"data.max_length={recipe.data.max_length} tokens and left out (first: {', '.join(encoded.too_long[:3])})"
+                f"data.max_length={recipe.data.max_length} tokens and left out (first: {first})"
             )
         rows, names, num_steps = draw(encoded.dataset, stage, examples_per_step(stage), recipe.seed)
         facts: dict[str, object] = {"num_pairs": len(encoded.ids), "num_too_long": len(encoded.too_long)}
