@@ -4,6 +4,7 @@ Used by TSDI (`eval/generation/tsdi.py`) and by its training-time counterpart.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -82,6 +83,7 @@ def random_continuations(
     return torch.tensor(rows, dtype=torch.int64)
 
 
+@lru_cache(maxsize=2)  # decoding a whole vocabulary takes a second, and a penalty draws every few steps
 def ordinary_tokens(tokenizer: Any) -> np.ndarray:
     """Return the ids, ascending, of tokens that are text by themselves: neither special nor half a character."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

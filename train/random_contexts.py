@@ -38,6 +38,7 @@ class RandomContexts:
             config.prompt_tokens,
             pool=config.pool,  # type: ignore[arg-type]
             words=self.words,
+            path=config.path,
             seed=seed,
         )
         answers = torch.as_tensor(
@@ -47,6 +48,7 @@ class RandomContexts:
                 config.num_positions,
                 pool=config.pool,  # type: ignore[arg-type]
                 words=self.words,
+                path=config.path,
                 seed=seed,
             )
         )

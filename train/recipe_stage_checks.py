@@ -12,19 +12,25 @@ from equipoise.train.recipe_checks import (
     at_least,
     check_folder_name,
     check_loss,
-    check_path,
     positive,
     share_of_one,
 )
+from equipoise.train.recipe_grpo_checks import check_grpo_stage
+from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe_safe_rlhf_checks import check_safe_rlhf_stage
 from equipoise.train.recipe_stages import (
     CategoryConfig,
+    CostModelStageConfig,
     KLConfig,
     PreferenceStageConfig,
+    ScorerStageConfig,
+    SFTStageConfig,
     StageConfig,
-    TokenBiasPenaltyConfig,
     TokenBiasStageConfig,
     TrainingConfig,
+    WeightConfig,
 )
+from equipoise.train.recipe_tsdi_checks import check_penalty, check_token_bias_stage
 
 SUBSETS = ("safety", "helpful")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -45,10 +51,20 @@ def check_stages(recipe: Recipe, problems: Problems) -> None:
             _check_training(path, stage, problems)
         if isinstance(stage, PreferenceStageConfig):
             _check_preference_stage(path, stage, problems)
+        elif isinstance(stage, SFTStageConfig):
+            _check_mixture(path, stage.mixture, problems)
+            _check_weight(f"{path}.weight", stage.weight, problems)
+            _check_kl(f"{path}.kl", stage.kl, stage.mixture, problems)
+        elif isinstance(stage, ScorerStageConfig):
+            _check_scorer_stage(path, stage, problems)
+        elif isinstance(stage, GRPOStageConfig):
+            check_grpo_stage(name, stage, earlier, recipe, problems)
+        elif isinstance(stage, SafeRLHFStageConfig):
+            _check_mixture(path, stage.mixture, problems)
+            check_safe_rlhf_stage(name, stage, earlier, recipe, problems)
         elif isinstance(stage, TokenBiasStageConfig):
-            _check_token_bias_stage(path, stage, problems)
-            if not earlier and stage.start_from is None:
-                problems.add(path, "a token_bias stage measures the stage before it, so it can't come first")
+            check_source(f"{path}.reference", stage.reference, earlier, recipe, problems)
+            check_token_bias_stage(name, stage, earlier, recipe, problems)
         earlier[name] = stage
 
 
@@ -106,7 +122,7 @@ def _check_preference_stage(path: str, stage: PreferenceStageConfig, problems: P
     check_loss(f"{path}.loss", stage.loss, problems)
     _check_category(f"{path}.category", stage.category, stage.loss, problems)
     _check_kl(f"{path}.kl", stage.kl, stage.mixture, problems)
-    _check_penalty(f"{path}.token_bias", stage.token_bias, problems)
+    check_penalty(f"{path}.token_bias", stage.token_bias, problems)
 
 
 def _check_category(path: str, category: CategoryConfig, loss: LossConfig, problems: Problems) -> None:
@@ -119,12 +135,33 @@ def _check_category(path: str, category: CategoryConfig, loss: LossConfig, probl
         share_of_one(f"{path}.{name}.target", term.target, problems)
     positive(f"{path}.margin.max", margin.max, problems)
     positive(f"{path}.multiplier.max_log", multiplier.max_log, problems)
-    problems.one_of(f"{path}.weight.mode", weight.mode, ("none", "group_dro", "inverse_frequency"))
-    positive(f"{path}.weight.eta", weight.eta, problems)
-    at_least(0, f"{path}.weight.temperature", weight.temperature, problems)
+    _check_weight(f"{path}.weight", weight, problems)
     at_least(1, f"{path}.update_every", category.update_every, problems)
     problems.expect(0 <= category.ema < 1, f"{path}.ema", category.ema, "a decay in [0, 1)")
     at_least(0, f"{path}.shrinkage", category.shrinkage, problems)
+
+
+def _check_weight(path: str, weight: WeightConfig, problems: Problems) -> None:
+    problems.one_of(f"{path}.mode", weight.mode, ("none", "group_dro", "inverse_frequency"))
+    positive(f"{path}.eta", weight.eta, problems)
+    at_least(0, f"{path}.temperature", weight.temperature, problems)
+
+
+def _check_scorer_stage(path: str, stage: ScorerStageConfig, problems: Problems) -> None:
+    _check_mixture(path, stage.mixture, problems)
+    if isinstance(stage, CostModelStageConfig) and not stage.mixture.get("safety"):
+        problems.add(f"{path}.mixture", "a cost model needs safety pairs: give safety a share above 0")
+    if stage.evaluate:
+        reason = "found True, but the stage leaves the policy as it was: there is nothing new to judge"
+        problems.add(f"{path}.evaluate", reason)
+    at_least(0, f"{path}.regularization", stage.regularization, problems)
+    _check_weight(f"{path}.weight", stage.weight, problems)
+    fraction = stage.held_out_fraction
+    problems.expect(0 <= fraction < 1, f"{path}.held_out_fraction", fraction, "a share in [0, 1)")
+    at_least(0, f"{path}.eval_every", stage.eval_every, problems)
+    if stage.eval_every and not fraction:
+        reason = f"found {stage.eval_every}, but held_out_fraction=0 leaves no pairs for it"
+        problems.add(f"{path}.eval_every", reason)
 
 
 def _check_kl(path: str, kl: KLConfig, mixture: Mapping[str, float], problems: Problems) -> None:
@@ -143,28 +180,3 @@ def _check_kl(path: str, kl: KLConfig, mixture: Mapping[str, float], problems: P
             problems.add(f"{path}.per_category.{category}", reason)
     if kl.active and kl.on == "helpful" and not mixture.get("helpful"):
         problems.add(f"{path}.on", "found 'helpful', but the stage's mixture has no helpful pairs")
-
-
-def _check_penalty(path: str, penalty: TokenBiasPenaltyConfig, problems: Problems) -> None:
-    at_least(0, f"{path}.coef", penalty.coef, problems)
-    at_least(1, f"{path}.every", penalty.every, problems)
-    at_least(1, f"{path}.num_contexts", penalty.num_contexts, problems)
-    at_least(1, f"{path}.num_positions", penalty.num_positions, problems)
-    at_least(1, f"{path}.prompt_tokens", penalty.prompt_tokens, problems)
-    problems.one_of(f"{path}.pool", penalty.pool, ("vocabulary", "words"))
-
-
-def _check_token_bias_stage(path: str, stage: TokenBiasStageConfig, problems: Problems) -> None:
-    at_least(0, f"{path}.alpha", stage.alpha, problems)
-    at_least(1, f"{path}.num_prompts", stage.num_prompts, problems)
-    at_least(1, f"{path}.num_positions", stage.num_positions, problems)
-    at_least(1, f"{path}.prompt_tokens", stage.prompt_tokens, problems)
-    at_least(1, f"{path}.batch_size", stage.batch_size, problems)
-    at_least(0, f"{path}.seed", stage.seed, problems)
-    problems.one_of(f"{path}.space", stage.space, ("log_prob", "logit"))
-    problems.one_of(f"{path}.continuation", stage.continuation, ("random", "aligned"))
-    problems.expect(
-        0 <= stage.plausibility < 1, f"{path}.plausibility", stage.plausibility, "a share in [0, 1)"
-    )
-    problems.one_of(f"{path}.pool", stage.pool, ("vocabulary", "words", "file"))
-    check_path(path, "pool", "file", stage.pool, stage.path, problems)

@@ -1,6 +1,7 @@
 """Every key of a stage: its meaning, unit and default. The keys of the run are in `recipe.py`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from equipoise.train.recipe import LossConfig
 
@@ -135,7 +136,9 @@ class TokenBiasPenaltyConfig:
     prompt_tokens: int = 16
     """Tokens of a random prompt."""
     pool: str = "vocabulary"
-    """Where random prompts come from: vocabulary | words (of the training prompts)."""
+    """Where random prompts come from: vocabulary | words (of the training prompts) | file (`path`)."""
+    path: str | None = None
+    """The text file of `pool: file`."""
 
 
 @dataclass
@@ -144,6 +147,18 @@ class MixtureConfig(TrainingConfig):
 
     mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
     """Share of each subset (safety, helpful) among the examples; one pass over the data keeps these shares."""
+
+
+@dataclass
+class SFTStageConfig(MixtureConfig):
+    """Supervised fine-tuning; an example is a pair's chosen answer, those labelled unsafe are left out."""
+
+    kind: str = "sft"
+    """sft: what makes this a stage of supervised fine-tuning."""
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """Category weights; frequencies and losses are counted in answer tokens."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """Against the model that the stage starts from."""
 
 
 @dataclass
@@ -225,12 +240,17 @@ class CostModelStageConfig(ScorerStageConfig):
 
 @dataclass
 class TokenBiasStageConfig(StageConfig):
-    """Measure the token bias (TSDI) of the stage before against the starting model."""
+    """Measure the token bias (TSDI) of the stage before against a reference; nothing is trained."""
 
     kind: str = "token_bias"
     """token_bias: what makes this a token-bias stage."""
-    alpha: float = 1.0
-    """Share of the bias subtracted when decoding: logits_i - alpha * b_i."""
+    alpha: Any = 1.0
+    """Share of the bias subtracted when decoding, logits_i - alpha_i * b_i: a number, or a list of num_positions."""
+    reference: str = "base"
+    """What the shift is measured against: base (the run's starting model) | the name of an earlier stage | a folder."""
+    one_backbone: bool = False
+    """false: policy and reference are two models in memory | true: one, the reference, with the adapter that the
+    policy's stage trained on it switched on and off. Unmerged: the weights are not rounded as the merged ones are."""
     num_prompts: int = 32
     """N: random prompts the bias is averaged over."""
     num_positions: int = 8

@@ -93,7 +93,7 @@ def _token_bias_path(vllm_config: Any) -> Path:
     return path
 
 
-class TSDIProcessor(V1LogitsProcessor):  # type: ignore[misc, valid-type]
+class TSDIProcessor(V1LogitsProcessor):
     """For vLLM's V1 model runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
@@ -163,7 +163,7 @@ class TSDIProcessor(V1LogitsProcessor):  # type: ignore[misc, valid-type]
         return logits
 
 
-class TSDIProcessorV2(V2LogitsProcessor):  # type: ignore[misc, valid-type]
+class TSDIProcessorV2(V2LogitsProcessor):
     """For vLLM's Model Runner V2."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:

@@ -238,7 +238,7 @@ STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
     ({"kl": {"estimator": "exact"}}, "kl.estimator", "found 'exact', possible: forward, reverse, k3"),
     ({"kl": {"per_category": {"S15": 1}}}, "kl.per_category.S15", "unknown key; did you mean"),
     ({"kl": {"coef": 1, "on": "helpful"}}, "kl.on", "found 'helpful', but the stage's mixture has no"),
-    ({"token_bias": {"pool": "file"}}, "token_bias.pool", "found 'file', possible: vocabulary, words"),
+    ({"token_bias": {"pool": "letters"}}, "token_bias.pool", "found 'letters', possible: vocabulary, words, file"),
     ({"num_steps": 0}, "num_steps", "found 0, expected at least 1"),
     ({"learning_rate": 0}, "learning_rate", "found 0.0, expected a number above 0"),
     ({"lr_scheduler": "cosin"}, "lr_scheduler", "found 'cosin', did you mean 'cosine'?"),

@@ -1,11 +1,16 @@
-"""Measure the token bias (TSDI) of the policy against the starting model; nothing is trained."""
+"""Measure the token bias (TSDI) of the policy against a reference; nothing is trained."""
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from equipoise.eval.generation.tsdi import TSDISettings, estimate_token_bias
-from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
+from equipoise.eval.models import ModelError
 from equipoise.train.model import default_device, load_policy
 from equipoise.train.recipe_stages import TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
@@ -16,7 +21,7 @@ def settings_of(stage: TokenBiasStageConfig) -> TSDISettings:
     return TSDISettings(
         num_prompts=stage.num_prompts,
         num_positions=stage.num_positions,
-        alpha=stage.alpha,
+        alpha=tuple(stage.alpha) if isinstance(stage.alpha, list) else float(stage.alpha),
         pool=stage.pool,  # type: ignore[arg-type]
         path=stage.path,
         prompt_tokens=stage.prompt_tokens,
@@ -28,16 +33,12 @@ def settings_of(stage: TokenBiasStageConfig) -> TSDISettings:
 
 
 def run_token_bias(name: str, stage: TokenBiasStageConfig, policy: str, context: StageContext) -> StageResult:
-    """Token bias of the model in `policy` against the run's starting model, saved in the stage's folder.
+    """Token bias of the model in `policy` against `stage.reference`, saved in the stage's folder.
 
     Every rank measures the same prompts and holds the same table.
     """
     started = time.perf_counter()
-    recipe, folder = context.recipe, context.stage_dir(name)
-    aligned, tokenizer = load_policy(recipe.model, policy)
-    reference, _ = load_policy(recipe.model, context.base_folder)
-    aligned.to(default_device())
-    reference.to(default_device())
+    aligned, reference, tokenizer = _models(stage, policy, context)
     words = [turn["content"] for pair in context.data.safety_pairs for turn in pair.prompt]
     bias = estimate_token_bias(
         aligned,
@@ -49,8 +50,9 @@ def run_token_bias(name: str, stage: TokenBiasStageConfig, policy: str, context:
         words=words,
     )
     if PartialState().is_main_process:
+        folder = context.stage_dir(name)
         folder.mkdir(parents=True, exist_ok=True)
-        bias.save(folder / TOKEN_BIAS_FILE)
+        bias.export(folder)
     PartialState().wait_for_everyone()
     facts: dict[str, object] = {
         "num_prompts": stage.num_prompts,
@@ -58,3 +60,36 @@ def run_token_bias(name: str, stage: TokenBiasStageConfig, policy: str, context:
         "probability_weighted_bias": float((bias.mean_probability * bias.bias.abs()).sum(-1).mean()),
     }
     return StageResult(policy, time.perf_counter() - started, facts, token_bias=bias)
+
+
+def _models(
+    stage: TokenBiasStageConfig, policy: str, context: StageContext
+) -> tuple[Any, Any | None, PreTrainedTokenizerBase]:
+    """(aligned, reference, tokenizer); the reference is None where it is the aligned model without its adapter."""
+    model = context.recipe.model
+    reference_folder = context.policy_folder(stage.reference, context.base_folder)
+    reference, tokenizer = load_policy(model, reference_folder)
+    reference.to(default_device())
+    if stage.one_backbone:
+        adapter = _adapter_of(policy, reference_folder)
+        return PeftModel.from_pretrained(reference, adapter).eval(), None, tokenizer
+    aligned, tokenizer = load_policy(model, policy)
+    return aligned.to(default_device()), reference, tokenizer
+
+
+def _adapter_of(policy: str, reference: str) -> Path:
+    """The adapter that lies beside a stage's `model/`, if it was trained on the reference; ModelError otherwise."""
+    folder = Path(policy).parent / "adapter"
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"one_backbone needs an adapter in {folder}, beside the model of the stage that trained it. "
+            "Start from such a stage, or set one_backbone: false."
+        )
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    expected = str(Path(reference).resolve()) if Path(reference).is_dir() else reference
+    if base != expected:
+        raise ModelError(
+            f"The adapter in {folder} was trained on {base}, the reference is {expected}. "
+            "Set reference to the model it was trained on, or one_backbone: false."
+        )
+    return folder

@@ -2,7 +2,7 @@
 
 V1: vllm/v1/sample/logits_processor/interface.py (BatchUpdate, MoveDirectionality) and the persistent batch that makes
 the updates (vllm/v1/worker/gpu_input_batch.py: a new request takes a freed row, the last rows fill what is left free,
-rows are swapped to reorder). V2: vllm/v1/worker/gpu/sample/logits_processor/interface.py (LogitsContext, request slots).
+rows are swapped to reorder). V2: vllm/v1/worker/gpu/sample/logits_processor/interface.py (LogitsContext, slots).
 """
 
 import enum
