@@ -7,8 +7,14 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.sources import SafetyData
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import Problems, near_misses
-from equipoise.train.recipe_stages import KLConfig, PreferenceStageConfig
+from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe_safe_rlhf_checks import constrained
+from equipoise.train.recipe_stages import KLConfig, PreferenceStageConfig, ScorerStageConfig, SFTStageConfig
+from equipoise.train.scorer_pairs import scorer_pairs
+from equipoise.train.stage_tasks import stage_tasks
 from equipoise.train.stages.preference import stage_pairs
+from equipoise.train.stages.safe_rlhf import stage_prompts
+from equipoise.train.stages.sft import safe_choices
 
 
 def check_data(recipe: Recipe, data: SafetyData) -> None:
@@ -18,6 +24,20 @@ def check_data(recipe: Recipe, data: SafetyData) -> None:
         path = f"stages.{name}"
         if isinstance(stage, PreferenceStageConfig):
             _check_pairs(path, stage, data, problems)
+        elif isinstance(stage, SafeRLHFStageConfig):
+            check_mixture(path, stage.mixture, data, problems)
+            _check_constraint(path, stage, data, problems)
+        elif isinstance(stage, GRPOStageConfig):
+            _check_tasks(path, stage, data, recipe.seed, problems)
+        elif isinstance(stage, SFTStageConfig):
+            check_mixture(path, stage.mixture, data, problems)
+            answers, num_unsafe = safe_choices(stage, data)
+            if num_unsafe and not answers:
+                problems.add(f"{path}.mixture", f"all {num_unsafe} chosen answers are labelled unsafe")
+            check_kl(f"{path}.kl", stage.kl, {pair.category for pair in answers}, data, problems)
+        elif isinstance(stage, ScorerStageConfig):
+            check_mixture(path, stage.mixture, data, problems)
+            _check_labels(path, stage, data, problems)
     problems.raise_if_any()
 
 
@@ -29,6 +49,35 @@ def _check_pairs(path: str, stage: PreferenceStageConfig, data: SafetyData, prob
         problems.add(f"{path}.loss", str(error))
         return
     check_kl(f"{path}.kl", stage.kl, {pair.category for pair in pairs}, data, problems)
+
+
+def _check_labels(path: str, stage: ScorerStageConfig, data: SafetyData, problems: Problems) -> None:
+    try:
+        scorer_pairs(stage, data)
+    except DataError as error:
+        problems.add(f"{path}.kind", str(error))
+
+
+def _check_tasks(path: str, stage: GRPOStageConfig, data: SafetyData, seed: int, problems: Problems) -> None:
+    try:
+        stage_tasks(stage, data, seed)
+    except DataError as error:
+        problems.add(path, str(error))
+
+
+def _check_constraint(path: str, stage: SafeRLHFStageConfig, data: SafetyData, problems: Problems) -> None:
+    present = {pair.category for pair in stage_prompts(stage, data)}
+    check_categories(f"{path}.multiplier.thresholds", stage.multiplier.thresholds, present, problems)
+    if stage.multiplier.per_category and present and not constrained(stage.multiplier, sorted(present)):
+        problems.add(
+            f"{path}.multiplier.per_category",
+            "found true, but no prompt that this stage trains on has a harm category to constrain",
+        )
+    if stage.ptx_coef and not data.helpful_pairs:
+        problems.add(
+            f"{path}.ptx_coef",
+            f"found {stage.ptx_coef}, but the data has no helpful pairs, whose chosen answers it is about; set it to 0",
+        )
 
 
 def check_mixture(path: str, mixture: Mapping[str, float], data: SafetyData, problems: Problems) -> None:

@@ -10,11 +10,24 @@ from omegaconf.errors import OmegaConfBaseException
 
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_checks import Problems, check_recipe
+from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_stage_checks import check_stages
-from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
+from equipoise.train.recipe_stages import (
+    CostModelStageConfig,
+    PreferenceStageConfig,
+    RewardModelStageConfig,
+    SFTStageConfig,
+    StageConfig,
+    TokenBiasStageConfig,
+)
 
 STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTStageConfig,
     "preference": PreferenceStageConfig,
+    "reward_model": RewardModelStageConfig,
+    "cost_model": CostModelStageConfig,
+    "safe_rlhf": SafeRLHFStageConfig,
+    "grpo": GRPOStageConfig,
     "token_bias": TokenBiasStageConfig,
 }
 """What a stage is, by its `kind`."""

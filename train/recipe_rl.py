@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass, field
 
-from equipoise.train.recipe_stages import TrainingConfig
+from equipoise.train.recipe_stages import MixtureConfig, TrainingConfig, WeightConfig
+
+
+@dataclass
+class VLLMConfig:
+    """Sampling by a vLLM server, started as `train/rollout.py` says."""
+
+    enabled: bool = False
+    """False: the training model itself samples (`generate`)."""
+    url: str = "http://localhost:8000"
+    """The server."""
+    group_port: int = 51216
+    """Port of the group over which the weights go to it."""
+    timeout: float = 240.0
+    """Seconds to wait for it to be up."""
 
 
 @dataclass
@@ -10,18 +24,11 @@ class RolloutConfig:
     """How answers are sampled: at temperature 1 from the whole vocabulary, so that the policy's own log-probabilities
     are those of the sampling."""
 
-    engine: str = "transformers"
-    """transformers (`generate`) | vllm (a server started as `train/rollout.py` says)."""
     max_new_tokens: int = 128
     """Tokens at which an answer is cut off; a prompt that leaves less room in data.max_length is left out."""
     batch_size: int = 16
-    """Answers sampled at a time on each rank (transformers)."""
-    url: str = "http://localhost:8000"
-    """The vLLM server."""
-    group_port: int = 51216
-    """Port of the group over which the weights go to the vLLM server."""
-    timeout: float = 240.0
-    """Seconds to wait for the vLLM server to be up."""
+    """Answers sampled at a time on each rank (without vLLM)."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 @dataclass
@@ -47,7 +54,7 @@ class MultiplierUpdateConfig:
 
 
 @dataclass
-class SafeRLHFStageConfig(TrainingConfig):
+class SafeRLHFStageConfig(MixtureConfig):
     """PPO-Lagrangian: the reward is raised while the cost is held under a threshold; an example is a sampled answer.
 
     A step samples per_device_batch_size * gradient_accumulation_steps answers on each rank and makes `update_epochs`
@@ -90,3 +97,88 @@ class SafeRLHFStageConfig(TrainingConfig):
     """Weight of the negative log-likelihood a token of the helpful pairs' chosen answers; 0: off."""
     multiplier: MultiplierUpdateConfig = field(default_factory=MultiplierUpdateConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass
+class ArithmeticConfig:
+    """Generated problems, some of which have no answer (`data/tasks.py`)."""
+
+    shares: dict[str, float] = field(
+        default_factory=lambda: {"addition_1": 0.4, "addition_2": 0.2, "unanswerable": 0.4}
+    )
+    """Category -> share: addition_N, multiplication_N with operands of N digits (1 to 6), unanswerable."""
+    num_training: int = 512
+    """Problems to train on; drawn again, in another order, when more are needed."""
+    num_held_out: int = 128
+    """Other problems, asked before and after training; at most a third of a category that has few."""
+    seed: int = 0
+    """Of the problems; the run's seed orders them."""
+
+
+@dataclass
+class CostConfig:
+    """A cost model's score under the constraint mean cost <= threshold, by a Lagrange multiplier."""
+
+    model: str | None = None
+    """A cost_model stage before this one or a scorer folder; null: no cost."""
+    batch_size: int = 16
+    """Answers scored at a time."""
+    multiplier: MultiplierUpdateConfig = field(default_factory=MultiplierUpdateConfig)
+
+
+@dataclass
+class GRPOStageConfig(TrainingConfig):
+    """GRPO on rewards that can be checked; an example is a sampled answer.
+
+    A step is made of per_device_batch_size * gradient_accumulation_steps answers on each rank: that many divided by
+    num_generations prompts.
+    """
+
+    kind: str = "grpo"
+    """grpo: what makes this a GRPO stage."""
+    mixture: dict[str, float] = field(default_factory=lambda: {"arithmetic": 1.0})
+    """Share of each subset's tasks: arithmetic (generated) | file (`path`) | safety, helpful (the data's prompts; they
+    have no answer to check, so a judge or a cost model has to reward them)."""
+    arithmetic: ArithmeticConfig = field(default_factory=ArithmeticConfig)
+    path: str | None = None
+    """The tasks of the subset `file`: JSON lines with prompt, answer, category (data/README.md)."""
+    held_out_fraction: float = 0.2
+    """Share of the tasks of `path` that is asked before and after instead of trained on (by normalised prompt)."""
+    instruction: str = (
+        "Answer with a number only if you are more than {threshold} sure: right scores 1, wrong {penalty}, "
+        'and "I don\'t know" 0.'
+    )
+    """Put behind every question that can be checked; {threshold} and {penalty} are filled in. Empty: nothing."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"calibrated_abstention": 1.0})
+    """Reward -> weight: calibrated_abstention | numeric_answer | exact_answer | answer_format | response_length |
+    judge_verdict. Each is normalised within its group before they are added (train/rewards/README.md)."""
+    threshold: float = 0.5
+    """t of calibrated_abstention: a wrong answer scores -t / (1 - t), so that answering pays above this confidence."""
+    format_pattern: str | None = None
+    """answer_format: the regular expression that a whole answer has to match."""
+    length_limit: int | None = None
+    """response_length: tokens from which on a longer answer scores less, down to -1 at max_completion_length."""
+    cost: CostConfig = field(default_factory=CostConfig)
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    """Category weights on the advantages; group DRO takes minus the reward for a category's loss."""
+    beta: float = 0.02
+    """KL penalty to the policy that the stage starts from (k3 a token); 0: none, and no reference pass."""
+    num_generations: int = 8
+    """Answers a prompt, which are compared with one another."""
+    num_iterations: int = 1
+    """Optimizer steps over the same answers; with 1 no ratio is ever clipped."""
+    temperature: float = 1.0
+    """Of the sampling."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with at least this probability."""
+    max_completion_length: int = 64
+    """Tokens at which an answer is cut off."""
+    epsilon: float = 0.2
+    """The probability ratio's gain is cut off at 1 - this below..."""
+    epsilon_high: float | None = None
+    """... and 1 + this above; null: the same as epsilon."""
+    loss_type: str = "dapo"
+    """TRL's: dapo (mean over all tokens of the step) | grpo (mean a token, then over answers) | bnpo | dr_grpo."""
+    mask_truncated: bool = False
+    """Answers that were cut off are not learned from."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)

@@ -1,11 +1,12 @@
 """Values and combinations of a recipe's stages that cannot work, found before any model is loaded."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from equipoise.data.schema import HELPFUL
 from equipoise.data.taxonomy import load_taxonomy
-from equipoise.train.recipe import LossConfig, Recipe
+from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import (
     MARGIN_LOSSES,
     Problems,
@@ -17,11 +18,15 @@ from equipoise.train.recipe_checks import (
 )
 from equipoise.train.recipe_grpo_checks import check_grpo_stage
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe_sacpo_checks import check_kto_stage, check_merge_stage
 from equipoise.train.recipe_safe_rlhf_checks import check_safe_rlhf_stage
 from equipoise.train.recipe_stages import (
     CategoryConfig,
     CostModelStageConfig,
     KLConfig,
+    KTOStageConfig,
+    LogRatioStageConfig,
+    MergeStageConfig,
     PreferenceStageConfig,
     ScorerStageConfig,
     SFTStageConfig,
@@ -51,6 +56,13 @@ def check_stages(recipe: Recipe, problems: Problems) -> None:
             _check_training(path, stage, problems)
         if isinstance(stage, PreferenceStageConfig):
             _check_preference_stage(path, stage, problems)
+        elif isinstance(stage, KTOStageConfig):
+            _check_log_ratio_stage(path, stage, problems)
+            check_kto_stage(path, stage, recipe, problems)
+        elif isinstance(stage, MergeStageConfig):
+            for key, source in (("first", stage.first), ("second", stage.second)):
+                check_source(f"{path}.{key}", source, earlier, recipe, problems)
+            check_merge_stage(path, stage, earlier, recipe, problems)
         elif isinstance(stage, SFTStageConfig):
             _check_mixture(path, stage.mixture, problems)
             _check_weight(f"{path}.weight", stage.weight, problems)
@@ -116,25 +128,51 @@ def _check_mixture(path: str, mixture: Mapping[str, float], problems: Problems) 
 
 
 def _check_preference_stage(path: str, stage: PreferenceStageConfig, problems: Problems) -> None:
+    check_loss(f"{path}.loss", stage.loss, problems)
+    _check_log_ratio_stage(path, stage, problems)
+    margin = stage.category.margin
+    if margin.enabled and not any(stage.loss.weights.get(name) for name in MARGIN_LOSSES):
+        reason = f"the loss {stage.loss.name!r} has no margin; possible: {', '.join(MARGIN_LOSSES)}"
+        problems.add(f"{path}.category.margin.enabled", reason)
+
+
+def _check_log_ratio_stage(path: str, stage: LogRatioStageConfig, problems: Problems) -> None:
     _check_mixture(path, stage.mixture, problems)
     positive(f"{path}.beta", stage.beta, problems)
     positive(f"{path}.lam", stage.lam, problems)
-    check_loss(f"{path}.loss", stage.loss, problems)
-    _check_category(f"{path}.category", stage.category, stage.loss, problems)
+    _check_category(f"{path}.category", stage.category, problems)
     _check_kl(f"{path}.kl", stage.kl, stage.mixture, problems)
     check_penalty(f"{path}.token_bias", stage.token_bias, problems)
 
 
-def _check_category(path: str, category: CategoryConfig, loss: LossConfig, problems: Problems) -> None:
+def _check_category(path: str, category: CategoryConfig, problems: Problems) -> None:
     margin, weight, multiplier = category.margin, category.weight, category.multiplier
-    if margin.enabled and not any(loss.weights.get(name) for name in MARGIN_LOSSES):
-        possible = ", ".join(MARGIN_LOSSES)
-        problems.add(f"{path}.margin.enabled", f"the loss {loss.name!r} has no margin; possible: {possible}")
-    for name, term in (("margin", margin), ("multiplier", multiplier)):
-        positive(f"{path}.{name}.eta", term.eta, problems)
-        share_of_one(f"{path}.{name}.target", term.target, problems)
+    positive(f"{path}.margin.eta", margin.eta, problems)
+    at_least(0, f"{path}.multiplier.eta", multiplier.eta, problems)
+    categories = load_taxonomy().ids
+    for key, term in ((f"{path}.margin", margin), (f"{path}.multiplier", multiplier)):
+        share_of_one(f"{key}.target", term.target, problems)
+        for name, target in term.targets.items():
+            share_of_one(f"{key}.targets.{name}", target, problems)
     positive(f"{path}.margin.max", margin.max, problems)
     positive(f"{path}.multiplier.max_log", multiplier.max_log, problems)
+    limit = math.exp(multiplier.max_log)
+    for name, value in multiplier.initial.items():
+        problems.expect(
+            1 / limit <= value <= limit,
+            f"{path}.multiplier.initial.{name}",
+            value,
+            f"a number in [{1 / limit:.3g}, {limit:.3g}] (max_log={multiplier.max_log})",
+        )
+    per_category = {
+        "margin.targets": margin.targets,
+        "multiplier.targets": multiplier.targets,
+        "multiplier.initial": multiplier.initial,
+    }
+    for key, values in per_category.items():
+        for name in values:
+            if name not in categories:
+                problems.unknown(f"{path}.{key}.{name}", name, categories)
     _check_weight(f"{path}.weight", weight, problems)
     at_least(1, f"{path}.update_every", category.update_every, problems)
     problems.expect(0 <= category.ema < 1, f"{path}.ema", category.ema, "a decay in [0, 1)")

@@ -34,9 +34,21 @@ from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_data_checks import check_data
-from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
+from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe_stages import (
+    CostModelStageConfig,
+    PreferenceStageConfig,
+    RewardModelStageConfig,
+    SFTStageConfig,
+    StageConfig,
+    TokenBiasStageConfig,
+)
 from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.stages.grpo import run_grpo
 from equipoise.train.stages.preference import run_preference
+from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
+from equipoise.train.stages.scorer import run_cost_model, run_reward_model
+from equipoise.train.stages.sft import run_sft
 from equipoise.train.stages.token_bias import run_token_bias
 from equipoise.train.terminal import Progress, console, say
 from equipoise.train.tracking import Tracker
@@ -52,11 +64,12 @@ def run(recipe: Recipe) -> int:
     _use_all_cores()
     state = PartialState(cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
-    data = load_data(recipe.data.source, recipe.data.path, recipe.data.held_out_fraction, recipe.seed)
+    data = load_data(recipe.data, recipe.seed)
     say(f"data: {data.summary()}")
     check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
     base_folder = _base_folder(recipe, state)
+    check_given_scorers(recipe, base_folder)
     if recipe.dry_run:
         with Progress() as progress:
             plan(recipe, data, base_folder, say, progress)
@@ -78,6 +91,7 @@ def run(recipe: Recipe) -> int:
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
+                load_judge=lambda: _judge(recipe),
             )
             gatekeeper, seconds, facts, token_bias = _walk(context)
         exit_code = final_exit_code(gatekeeper)
@@ -183,7 +197,12 @@ def _judged(
 
 
 RUNNERS: dict[type[StageConfig], Callable[[str, Any, str, StageContext], StageResult]] = {
+    SFTStageConfig: run_sft,
     PreferenceStageConfig: run_preference,
+    RewardModelStageConfig: run_reward_model,
+    CostModelStageConfig: run_cost_model,
+    SafeRLHFStageConfig: run_safe_rlhf,
+    GRPOStageConfig: run_grpo,
     TokenBiasStageConfig: run_token_bias,
 }
 """What runs a stage: (its name, its keys, the policy's folder, the surroundings) -> what it leaves."""

@@ -1,7 +1,7 @@
 """The models of Safe RLHF: policy, reference, reward and cost model, and a critic for each of the two.
 
-    shared      one frozen backbone in memory. Policy, reward, cost and critics are LoRA adapters on it, switched before
-                every pass; the critics start as copies of the scorers; the reference is the backbone without an adapter.
+    shared      one frozen backbone in memory. Policy, reward, cost and critics are LoRA adapters on it, switched
+                before every pass; the critics start as copies of the scorers; the reference is the bare backbone.
     separate    a model each; the reference is the policy without its adapter, or a frozen copy (full fine-tuning).
 
 Passes are made role by role, each with its backward pass before the next one: the activations of one role are in
@@ -11,11 +11,10 @@ memory at a time, and gradient checkpointing recomputes with the adapter that wa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
 from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -173,7 +172,7 @@ def load_shared(
     models = SafeRLHFModels(policy, tokenizer, shared=True)
     for kind, folder in scorer_folders.items():
         if folder is not None:
-            _check_backbone(folder, policy_folder)
+            check_backbone(folder, policy_folder)
             policy.load_adapter(folder, adapter_name=kind)
             card = read_card(folder)
             models.scorers[kind] = Scorer(policy, load_scorer_head(folder), card).eval().requires_grad_(False)
@@ -185,7 +184,7 @@ def load_shared(
     return models
 
 
-def _check_backbone(folder: str, policy_folder: str) -> None:
+def check_backbone(folder: str, policy_folder: str) -> None:
     """The adapter was trained on the very weights that the policy starts from."""
     card = read_card(folder)
     if card.backbone is None:
@@ -198,8 +197,8 @@ def _check_backbone(folder: str, policy_folder: str) -> None:
     if not same:
         raise ScorerError(
             f"The scorer in {folder} is an adapter on `{card.backbone}` (weights {card.backbone_hash}), the policy "
-            f"starts from `{policy_folder}` (weights {found}). layout=shared has one backbone for all: train the scorer "
-            "from the model that the policy starts from, or take layout=separate."
+            f"starts from `{policy_folder}` (weights {found}). layout=shared has one backbone for all: train the "
+            "scorer from the model that the policy starts from, or take layout=separate."
         )
 
 
