@@ -5,13 +5,14 @@ from collections.abc import Collection, Mapping
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL
 from equipoise.data.sources import SafetyData
-from equipoise.train.recipe import Recipe
+from equipoise.train.recipe import DataConfig, Recipe
 from equipoise.train.recipe_checks import Problems, near_misses
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_safe_rlhf_checks import constrained
-from equipoise.train.recipe_stages import KLConfig, PreferenceStageConfig, ScorerStageConfig, SFTStageConfig
+from equipoise.train.recipe_stages import KLConfig, KTOStageConfig, LogRatioStageConfig, PreferenceStageConfig, ScorerStageConfig, SFTStageConfig
 from equipoise.train.scorer_pairs import scorer_pairs
 from equipoise.train.stage_tasks import stage_tasks
+from equipoise.train.stages.kto import stage_examples, subset_of
 from equipoise.train.stages.preference import stage_pairs
 from equipoise.train.stages.safe_rlhf import stage_prompts
 from equipoise.train.stages.sft import safe_choices
@@ -24,6 +25,8 @@ def check_data(recipe: Recipe, data: SafetyData) -> None:
         path = f"stages.{name}"
         if isinstance(stage, PreferenceStageConfig):
             _check_pairs(path, stage, data, problems)
+        elif isinstance(stage, KTOStageConfig):
+            _check_examples(path, stage, recipe.data, data, problems)
         elif isinstance(stage, SafeRLHFStageConfig):
             check_mixture(path, stage.mixture, data, problems)
             _check_constraint(path, stage, data, problems)
@@ -48,7 +51,35 @@ def _check_pairs(path: str, stage: PreferenceStageConfig, data: SafetyData, prob
     except DataError as error:
         problems.add(f"{path}.loss", str(error))
         return
-    check_kl(f"{path}.kl", stage.kl, {pair.category for pair in pairs}, data, problems)
+    _check_per_category(path, stage, {pair.category for pair in pairs}, data, problems)
+
+
+def _check_examples(
+    path: str, stage: KTOStageConfig, config: DataConfig, data: SafetyData, problems: Problems
+) -> None:
+    try:
+        examples = stage_examples(stage, config, data).exchanges
+    except DataError as error:
+        problems.add("data.unpaired_path", str(error))
+        return
+    for subset, share in stage.mixture.items():
+        if share > 0 and not any(subset_of(example) == subset for example in examples):
+            reason = f"found {share}, but there are no {subset} answers to train on; set it to 0 or add such answers"
+            problems.add(f"{path}.mixture.{subset}", reason)
+    _check_per_category(path, stage, {example.category for example in examples}, data, problems)
+
+
+def _check_per_category(
+    path: str, stage: LogRatioStageConfig, present: Collection[str], data: SafetyData, problems: Problems
+) -> None:
+    category = stage.category
+    for key, values in (
+        ("margin.targets", category.margin.targets),
+        ("multiplier.targets", category.multiplier.targets),
+        ("multiplier.initial", category.multiplier.initial),
+    ):
+        check_categories(f"{path}.category.{key}", values, present, problems)
+    check_kl(f"{path}.kl", stage.kl, present, data, problems)
 
 
 def _check_labels(path: str, stage: ScorerStageConfig, data: SafetyData, problems: Problems) -> None:

@@ -11,9 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_checks import Problems, check_recipe
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe_sacpo_checks import check_unpaired_is_read
 from equipoise.train.recipe_stage_checks import check_stages
 from equipoise.train.recipe_stages import (
     CostModelStageConfig,
+    KTOStageConfig,
+    MergeStageConfig,
     PreferenceStageConfig,
     RewardModelStageConfig,
     SFTStageConfig,
@@ -24,6 +27,8 @@ from equipoise.train.recipe_stages import (
 STAGES: dict[str, type[StageConfig]] = {
     "sft": SFTStageConfig,
     "preference": PreferenceStageConfig,
+    "kto": KTOStageConfig,
+    "merge": MergeStageConfig,
     "reward_model": RewardModelStageConfig,
     "cost_model": CostModelStageConfig,
     "safe_rlhf": SafeRLHFStageConfig,
@@ -39,6 +44,7 @@ _TYPE_NAMES: dict[Any, str] = {
     str: "a text",
     NoneType: "null",
     list[str]: "a list of texts",
+    list[float]: "a list of numbers",
     dict[str, float]: "names with a number each",
     dict[str, Any]: "names with a value each",
 }
@@ -62,6 +68,7 @@ def load_recipe(cfg: DictConfig) -> Recipe:
     recipe.gate.rules = _fill_rules(recipe.gate.rules, problems)
     check_recipe(recipe, problems)
     check_stages(recipe, problems)
+    check_unpaired_is_read(recipe, problems)
     problems.raise_if_any()
     return recipe
 

@@ -37,6 +37,8 @@ from equipoise.train.recipe_data_checks import check_data
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_stages import (
     CostModelStageConfig,
+    KTOStageConfig,
+    MergeStageConfig,
     PreferenceStageConfig,
     RewardModelStageConfig,
     SFTStageConfig,
@@ -45,6 +47,8 @@ from equipoise.train.recipe_stages import (
 )
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.grpo import run_grpo
+from equipoise.train.stages.kto import run_kto
+from equipoise.train.stages.merge import run_merge
 from equipoise.train.stages.preference import run_preference
 from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
 from equipoise.train.stages.scorer import run_cost_model, run_reward_model
@@ -199,6 +203,8 @@ def _judged(
 RUNNERS: dict[type[StageConfig], Callable[[str, Any, str, StageContext], StageResult]] = {
     SFTStageConfig: run_sft,
     PreferenceStageConfig: run_preference,
+    KTOStageConfig: run_kto,
+    MergeStageConfig: run_merge,
     RewardModelStageConfig: run_reward_model,
     CostModelStageConfig: run_cost_model,
     SafeRLHFStageConfig: run_safe_rlhf,

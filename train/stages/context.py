@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.judges.base import Judge
 from equipoise.train.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -37,6 +38,8 @@ class StageContext:
     """(stage, step, model, tokenizer): judge and gate in the middle of a stage, every `gate.every` steps."""
     unsafe_counts: dict[str, tuple[int, int]] | None = None
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
+    load_judge: Callable[[], Judge] | None = None
+    """The recipe's judge, for rewards that are its verdicts."""
 
     finished: dict[str, "StageResult"] = field(default_factory=dict)
     """What the stages before this one left, by name."""
