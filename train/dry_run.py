@@ -16,7 +16,8 @@ from equipoise.eval.models import load_tokenizer
 from equipoise.train.model import uses_frozen_copy
 from equipoise.train.pairs import encode_pairs, encode_turns
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import PreferenceStageConfig, TokenBiasStageConfig
+from equipoise.train.recipe_stages import PreferenceStageConfig, ScorerStageConfig, TokenBiasStageConfig
+from equipoise.train.scorer_pairs import scorer_pairs, split_by_prompt
 from equipoise.train.stages.context import Progress
 from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.preference import stage_pairs
@@ -42,8 +43,8 @@ def plan(
     )
     total = 0.0
     for name, stage in recipe.stages.items():
-        if isinstance(stage, PreferenceStageConfig):
-            row, seconds = _preference_row(
+        if isinstance(stage, PreferenceStageConfig | ScorerStageConfig):
+            row, seconds = _pairs_row(
                 recipe, stage, data, tokenizer, config, num_parameters, flops, say, name
             )
         else:
@@ -65,9 +66,9 @@ def plan(
     say("dry run: nothing was trained, nothing was written")
 
 
-def _preference_row(
+def _pairs_row(
     recipe: Recipe,
-    stage: PreferenceStageConfig,
+    stage: PreferenceStageConfig | ScorerStageConfig,
     data: SafetyData,
     tokenizer: object,
     config: object,
@@ -76,7 +77,11 @@ def _preference_row(
     say: Callable[[str], None],
     name: str,
 ) -> tuple[list[str], float]:
-    pairs, _ = stage_pairs(stage, data)
+    if isinstance(stage, ScorerStageConfig):
+        pairs, _ = scorer_pairs(stage, data)
+        pairs, _ = split_by_prompt(pairs, stage.held_out_fraction, recipe.seed)
+    else:
+        pairs, _ = stage_pairs(stage, data)
     encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)
     world = PartialState().num_processes
     micro = stage.per_device_batch_size
@@ -90,7 +95,8 @@ def _preference_row(
     num_passes = (
         2 if recipe.model.lora.enabled else 3
     )  # forward, and backward without or with weight gradients
-    num_passes += 1  # the reference, once a pair
+    if isinstance(stage, PreferenceStageConfig):
+        num_passes += 1  # the reference, once a pair
     seconds = num_passes * 2 * num_parameters * sum(tokens) / world / (flops * EFFICIENCY)
     counts = Counter(encoded.dataset["category"])
     say(f"{name}: pairs by category: {', '.join(f'{c} {counts[c]}' for c in names)}")

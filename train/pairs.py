@@ -38,8 +38,8 @@ class EncodedPairs:
     """Tokenised pairs and what did not make it."""
 
     dataset: Dataset
-    """Columns: prompt_ids, chosen_ids, rejected_ids, category (str), pair (row number), unsafe_gap (u_l - u_w, with
-    u = 1 for an answer that is labelled unsafe)."""
+    """Columns: prompt_ids, chosen_ids, rejected_ids, category (str), pair (row number), chosen_safe and rejected_safe
+    (None: nobody said), unsafe_gap (u_l - u_w, with u = 1 for an answer that is labelled unsafe)."""
     ids: list[str]
     """The pairs' own ids, by row number."""
     too_long: list[str]
@@ -99,6 +99,8 @@ def encode_pairs(
                 "category": pair.category,
                 "pair": len(rows),
                 "unsafe_gap": int(pair.rejected_safe is False) - int(pair.chosen_safe is False),
+                "chosen_safe": pair.chosen_safe,
+                "rejected_safe": pair.rejected_safe,
             }
         )
         ids.append(pair.id)
@@ -162,6 +164,7 @@ class PairCollator:
         for name in (
             "pair",
             "unsafe_gap",
+            "desirable",
             "ref_chosen_logps",
             "ref_rejected_logps",
             "category_index",
@@ -180,7 +183,7 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
     """Blocks in rows, several in one where `share_rows`; the answers are numbered through, S of them with N tokens.
 
     input_ids, position_ids, segment (R, T); completion_index, completion_targets, completion_sequence (N,); lengths
-    (S,): each answer's tokens.
+    (S,): each answer's tokens; end_index (S,): its last one, in the flattened (R * T).
     """
     answers_of = [ids for _, answers in blocks for ids in answers]  # by sequence
     first, num_sequences = [], 0  # sequence of each block's first answer
@@ -194,6 +197,7 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
     position_ids = torch.zeros((len(rows), width), dtype=torch.int64)
     segment = torch.full((len(rows), width), -1)
     index: dict[int, Tensor] = {}  # by sequence
+    end_index = torch.zeros(num_sequences, dtype=torch.int64)
     for i, row in enumerate(rows):
         start = 0
         for place, block in enumerate(row):
@@ -211,6 +215,7 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
                 # The prompt's last token predicts the first token of either answer.
                 predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
                 index[first[block] + part - 1] = i * width + predictors
+                end_index[first[block] + part - 1] = i * width + end - 1
                 start = end
     tokens_of = torch.tensor([len(ids) for ids in answers_of])
     return {
@@ -221,6 +226,7 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
         "completion_targets": torch.tensor([token for ids in answers_of for token in ids]),
         "completion_sequence": torch.arange(num_sequences).repeat_interleave(tokens_of),
         "lengths": tokens_of,
+        "end_index": end_index,
     }
 
 

@@ -55,6 +55,8 @@ class MarginConfig:
     """Step of the update: delta_c grows by eta times (unsafe rate - target)."""
     target: float = 0.1
     """tau: the unsafe rate at which a category's margin stops growing."""
+    targets: dict[str, float] = field(default_factory=dict)
+    """target for single categories, in place of `target`."""
     max: float = 2.0
     """Largest delta_c, in units of beta*h."""
 
@@ -73,13 +75,17 @@ class WeightConfig:
 
 @dataclass
 class MultiplierConfig:
-    """Category multiplier: beta_c = beta / lambda_c."""
+    """Category multiplier: beta_c = beta / (lam lambda_c), SACPO's lambda, one a category."""
 
     enabled: bool = False
     eta: float = 1.0
-    """Step of the update: log lambda_c grows by eta times (unsafe rate - target)."""
+    """Step of the update: log lambda_c grows by eta times (unsafe rate - target); 0: lambda_c stays as it starts."""
     target: float = 0.1
     """The unsafe rate at which a category's lambda stops growing."""
+    targets: dict[str, float] = field(default_factory=dict)
+    """target for single categories, in place of `target`."""
+    initial: dict[str, float] = field(default_factory=dict)
+    """lambda_c that single categories start with; the others start with 1, which is plain beta / lam."""
     max_log: float = 2.0
     """|log lambda_c| is clipped here."""
 
@@ -236,6 +242,24 @@ class CostModelStageConfig(ScorerStageConfig):
     mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
     """Share of each subset (safety, helpful) among the pairs; both answers of a helpful pair count as safe, and
     neither as the more harmful one."""
+
+
+@dataclass
+class MergeStageConfig(StageConfig):
+    """Merge two policies linearly (P-SACPO, 2404.11049); nothing is trained. What it starts from is `first`."""
+
+    kind: str = "merge"
+    """merge: what makes this a merge stage."""
+    first: str = ""
+    """base (the run's starting model) | the name of an earlier stage | a model folder."""
+    second: str = ""
+    """Likewise; in P-SACPO the safe stage, and `first` the helpful one."""
+    of: str = "weights"
+    """weights (any two models of one architecture) | adapters (of stages or folders that trained LoRA on one base)."""
+    second_weights: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    """Shares of `second`, each in [0, 1]: every one makes a model, judged by itself."""
+    pass_on: float = 0.5
+    """The one of `second_weights` whose model the next stage starts from, and whose verdict counts last."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
 from equipoise.train.recipe import ModelConfig, Recipe
-from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
 
@@ -140,11 +140,15 @@ TrainStage = Callable[..., Trained]
 
 @pytest.fixture
 def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainStage:
-    """`train_stage(stage, run=..., model={...}, data=..., interrupt_at=step, unsafe_counts=...)`, in fp32 with LoRA."""
+    """`train_stage(stage, run=..., runner=run_preference, model={...}, data=..., interrupt_at=step)`, fp32 with LoRA.
+
+    What else is given goes into the stage's context (`unsafe_counts=...`).
+    """
 
     def train(
-        stage: PreferenceStageConfig,
+        stage: StageConfig,
         run: str = "run",
+        runner: Callable[[str, Any, str, StageContext], StageResult] = run_preference,
         model: Mapping[str, Any] | None = None,
         data: SafetyData | None = None,
         interrupt_at: int | None = None,
@@ -172,7 +176,7 @@ def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainSt
             progress=lambda *call: done.append(call),
             **context_options,
         )
-        result = run_preference("safe", stage, str(tiny_model_folder), context)
+        result = runner("safe", stage, str(tiny_model_folder), context)
         return Trained(result, metrics, said, context.stage_dir("safe"), done, starts[0])
 
     return train

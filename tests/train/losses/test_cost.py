@@ -80,6 +80,14 @@ def test_scores_of_zero_and_far_scores() -> None:
     assert cost_loss(-far, far, UNSAFE, SAFE, regularization=0.0).item() == pytest.approx(800.0)
 
 
+def test_a_pair_without_order_has_its_sign_terms_alone() -> None:
+    unsafer, safer = torch.tensor([1.0, 1.0]), torch.tensor([-2.0, -2.0])
+    signs = SAFE.expand(2)
+    loss = cost_loss(unsafer, safer, signs, signs, ordered=torch.tensor([1.0, 0.0]), regularization=0.0)
+    assert loss[1].item() == pytest.approx(softplus(1.0) + softplus(-2.0), rel=1e-6)
+    assert (loss[0] - loss[1]).item() == pytest.approx(softplus(-3.0), rel=1e-5)
+
+
 def test_losses_are_per_pair() -> None:
     scores = torch.arange(3.0)
     assert reward_loss(scores, scores).shape == (3,)
