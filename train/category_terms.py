@@ -1,5 +1,6 @@
 """The category terms of one stage: which are on, what each pair gets, and when they move."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,18 +19,37 @@ TIE = 1e-3
 class CategoryTerms:
     """Margin, weight and multiplier of every harm category; `helpful` pairs stay neutral."""
 
-    def __init__(self, config: CategoryConfig, category_names: Sequence[str], draws: Sequence[str]) -> None:
-        """category_names: all of the stage, in the order of `category_index`; draws: one category a training row."""
+    def __init__(
+        self,
+        config: CategoryConfig,
+        category_names: Sequence[str],
+        draws: Sequence[str],
+        sizes: Sequence[float] | None = None,
+    ) -> None:
+        """category_names: all of the stage, in the order of `category_index`; draws: one category a training row.
+
+        sizes: how much each row counts in the loss (SFT: its answer's tokens); None: 1.
+        """
         self.config = config
         harm = [name for name in category_names if name != HELPFUL]
-        self.state = CategoryState.from_pairs(list(draws), harm)
+        self.state = CategoryState.from_pairs(list(draws), harm, sizes)
         self._slot = self.state.index(list(category_names))
         """(number of names,): position in the state, -1 for a neutral category."""
         num = len(self.state.categories)
         self._errors = torch.zeros(num, dtype=torch.float64)
         self._counts = torch.zeros(num, dtype=torch.float64)
+        for name, value in config.multiplier.initial.items():
+            if name in self.state.categories:  # not so where few steps never draw it
+                self.state.log_multiplier[self.state.categories.index(name)] = math.log(value)
+        self._margin_target = self._targets(config.margin.target, config.margin.targets)
+        self._multiplier_target = self._targets(config.multiplier.target, config.multiplier.targets)
         if config.weight.mode == "inverse_frequency":
             terms.set_inverse_frequency(self.state, config.weight.temperature)
+
+    def _targets(self, target: float, targets: Mapping[str, float]) -> Tensor:
+        """The unsafe rate that each category is to stay below, (C,)."""
+        rates = [targets.get(name, target) for name in self.state.categories]
+        return torch.tensor(rates, dtype=torch.float64)
 
     def per_pair(
         self, category: Tensor, beta: float
@@ -61,9 +81,18 @@ class CategoryTerms:
         wrong = (h < -TIE).double() + 0.5 * (h.abs() <= TIE).double()  # a tie is half an error
         self._errors = self._errors.index_add(0, slots, wrong)
         self._counts = self._counts + seen
-        if self.config.weight.mode == "group_dro" and num:
-            loss_sum = torch.zeros(num, dtype=torch.float64).index_add(0, slots, table["loss"][harm])
-            terms.update_group_dro(self.state, loss_sum, seen, eta=self.config.weight.eta)
+        self.observe_losses(table["category"], table["loss"], torch.ones_like(table["loss"]))
+
+    def observe_losses(self, category: Tensor, loss: Tensor, size: Tensor) -> None:
+        """Group DRO moves with a step's losses (n,) of all ranks, each a sum over `size` (n,) tokens, or 1."""
+        num = len(self.state.categories)
+        if self.config.weight.mode != "group_dro" or not num:
+            return
+        slot = self._slot[category.long()]
+        harm = slot >= 0
+        zeros = torch.zeros(num, dtype=torch.float64)
+        loss_sum, count = (zeros.index_add(0, slot[harm], values[harm]) for values in (loss, size))
+        terms.update_group_dro(self.state, loss_sum, count, eta=self.config.weight.eta)
 
     def update_from_errors(self) -> None:
         """Between evaluations: fold the window's preference errors into u_c, then move margins and multipliers."""
@@ -85,12 +114,14 @@ class CategoryTerms:
         margin, multiplier, error = self.config.margin, self.config.multiplier, self.state.error
         if margin.enabled:
             # A category nothing is known of stands at its target, so it does not move.
-            known = torch.where(torch.isnan(error), margin.target, error)
-            terms.update_margins(self.state, known, eta=margin.eta, target=margin.target, maximum=margin.max)
+            target = self._margin_target
+            known = torch.where(torch.isnan(error), target, error)
+            terms.update_margins(self.state, known, eta=margin.eta, target=target, maximum=margin.max)
         if multiplier.enabled:
-            known = torch.where(torch.isnan(error), multiplier.target, error)
+            target = self._multiplier_target
+            known = torch.where(torch.isnan(error), target, error)
             terms.update_multipliers(
-                self.state, known, eta=multiplier.eta, target=multiplier.target, maximum=multiplier.max_log
+                self.state, known, eta=multiplier.eta, target=target, maximum=multiplier.max_log
             )
 
     def metrics(self) -> dict[str, float]:

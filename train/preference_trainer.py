@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -34,14 +34,17 @@ from equipoise.train.pairs import (
 from equipoise.train.random_contexts import RandomContexts
 from equipoise.train.recipe_stages import LogRatioStageConfig, PreferenceStageConfig
 from equipoise.train.step_table import StepTable
-from equipoise.train.training import STATE_FILE, TrainingError
-
-COLUMNS = ("slot", "category", "loss", "h", "chosen_log_ratio", "rejected_log_ratio", "kl")
-"""What is kept of every pair until the step is logged."""
-
+from equipoise.train.training import STATE_FILE, stop_non_finite
 
 class PreferenceTrainer(DPOTrainer):
     """See the module. `dataset` holds the pairs in training order, one row a draw (see `sampling.order_pairs`)."""
+
+    examples = "pairs"
+    """What metrics call the examples."""
+    columns = ("slot", "category", "loss", "h", "chosen_log_ratio", "rejected_log_ratio", "kl")
+    """What is kept of every example until the step is logged."""
+    log_ratios = ("chosen_log_ratio",)
+    """Columns whose mean in each category is logged; nan: not of this example."""
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class PreferenceTrainer(DPOTrainer):
         self.stage, self.terms, self.contexts = stage, terms, contexts
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
         self._log_metrics, self._warn, self._reference_progress = log, warn, progress
-        self._table = StepTable(COLUMNS)
+        self._table = StepTable(self.columns)
         self._shift: Tensor | None = None
         """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
@@ -175,10 +178,9 @@ class PreferenceTrainer(DPOTrainer):
             inputs["chosen_lengths"],
             inputs["rejected_lengths"],
         )
-        category = inputs["category_index"]
         per_pair, loss = self._log_ratio_loss(inputs, logps)
         kl = torch.zeros_like(per_pair)
-        kappa = self._kl_penalty.kappa(category)
+        kappa = self._kappa(inputs)
         if kappa is not None:
             kl = self._kl_penalty.of_answers(model, inputs, outputs, every=2)  # of the chosen ones
             loss = loss + (kappa * kl).mean()
@@ -194,7 +196,7 @@ class PreferenceTrainer(DPOTrainer):
             # Taken every k steps and in one of n microbatches, it counts k * n times: `coef` means the same for any.
             times = self.stage.token_bias.every * self.current_gradient_accumulation_steps
             loss = loss + self.stage.token_bias.coef * times * shift
-        self._keep(inputs, category, per_pair, logps, kl)
+        self._table.keep(*self._values(inputs, per_pair, logps, kl))
         if not torch.isfinite(loss):
             self._stop_non_finite(inputs, per_pair, logps)
         return loss
@@ -219,6 +221,10 @@ class PreferenceTrainer(DPOTrainer):
             loss = loss + config.sft_coef * sft_loss(logps)
         return per_pair, loss
 
+    def _kappa(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Each example's coefficient of the KL penalty (B,), or None where no example of the stage is penalised."""
+        return self._kl_penalty.kappa(inputs["category_index"])
+
     def _token_bias(self, model: nn.Module) -> Tensor:
         """Mean over random contexts and answer positions of KL(pi_ref || pi): what is preferred unread, scalar."""
         assert self.contexts is not None
@@ -226,9 +232,8 @@ class PreferenceTrainer(DPOTrainer):
         ref_hidden = self._reference.outputs(model, inputs).hidden
         return self._reference.exact_kl(model(**inputs).hidden, ref_hidden, "reverse").mean()
 
-    def _stop_non_finite(self, inputs: dict[str, Any], per_pair: Tensor, logps: PairLogps) -> None:
-        path = Path(self.args.output_dir) / f"non_finite_rank{self.accelerator.process_index}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _stop_non_finite(self, inputs: dict[str, Any], per_pair: Tensor, logps: PairLogps) -> NoReturn:
+        values = (values.tolist() for values in (inputs["pair"], per_pair, logps.chosen, logps.rejected))
         rows = [
             {
                 "id": self.pair_ids[pair],
@@ -236,23 +241,18 @@ class PreferenceTrainer(DPOTrainer):
                 "chosen_logp": repr(chosen),
                 "rejected_logp": repr(rejected),
             }
-            for pair, loss, chosen, rejected in zip(
-                *(values.tolist() for values in (inputs["pair"], per_pair, logps.chosen, logps.rejected)),
-                strict=True,
-            )
+            for pair, loss, chosen, rejected in zip(*values, strict=True)
         ]
-        path.write_text(json.dumps({"step": self.state.global_step, "pairs": rows}, indent=1) + "\n")
-        raise TrainingError(
-            f"the loss is not finite at step {self.state.global_step}; the batch's pair ids and values are in {path}. "
-            "Lower learning_rate, or train in float32 (model.dtype=float32); nothing after the last checkpoint is kept."
-        )
+        stop_non_finite(self, "pairs", rows)
 
     # ---- metrics and category state -----------------------------------------------------------------------------
 
-    def _keep(
-        self, inputs: dict[str, Any], category: Tensor, loss: Tensor, logps: PairLogps, kl: Tensor
-    ) -> None:
-        self._table.keep(
+    def _values(
+        self, inputs: dict[str, Any], loss: Tensor, logps: PairLogps, kl: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A (B,) tensor for each of `columns`."""
+        category = inputs["category_index"]
+        return (
             inputs["slot"],
             category,
             loss,
@@ -283,7 +283,7 @@ class PreferenceTrainer(DPOTrainer):
         metrics: dict[str, float] = {
             "train/loss": float(table["loss"].mean()),
             "train/accuracy": float((table["h"] > TIE).double().mean()),
-            "train/num_pairs": len(table["loss"]),
+            f"train/num_{self.examples}": len(table["loss"]),
             "train/learning_rate": self._get_learning_rate(),
         }
         if self._benign_kl is not None:  # on all ranks or on none; each has answers of its own
@@ -297,12 +297,14 @@ class PreferenceTrainer(DPOTrainer):
             num = int(of.sum())
             if not num:
                 continue
-            metrics[f"train/num_pairs/{name}"] = num
+            metrics[f"train/num_{self.examples}/{name}"] = num
             metrics[f"train/loss_sum/{name}"] = float(table["loss"][of].sum())
             metrics[f"train/loss/{name}"] = float(table["loss"][of].mean())
             metrics[f"train/h/{name}"] = float(table["h"][of].mean())
             metrics[f"train/accuracy/{name}"] = float((table["h"][of] > TIE).double().mean())
-            metrics[f"train/chosen_log_ratio/{name}"] = float(table["chosen_log_ratio"][of].mean())
+            for column in self.log_ratios:
+                if not bool(table[column][of].isnan().all()):
+                    metrics[f"train/{column}/{name}"] = float(table[column][of].nanmean())
         metrics.update(self.terms.metrics())
         return metrics
 

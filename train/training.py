@@ -1,9 +1,9 @@
 """What the training stages share: the trainer's arguments, checkpoints to go on from, progress, gates on the way."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -12,6 +12,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import TrainingArguments
 
 from equipoise.data.errors import EquipoiseError
+from equipoise.data.files import write_aside
+from equipoise.train.model import merged, save_adapter, save_policy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
@@ -22,6 +24,35 @@ STATE_FILE = "category_state.json"
 
 class TrainingError(EquipoiseError):
     """Training cannot go on; the message says where the evidence was written."""
+
+
+def stop_non_finite(trainer: Trainer, what: str, rows: Sequence[Mapping[str, object]]) -> NoReturn:
+    """Write the batch's `what` (pairs, answers) beside the checkpoints; raise TrainingError, which names the file."""
+    path = Path(trainer.args.output_dir) / f"non_finite_rank{trainer.accelerator.process_index}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step = trainer.state.global_step
+    path.write_text(json.dumps({"step": step, what: list(rows)}, indent=1) + "\n")
+    raise TrainingError(
+        f"the loss is not finite at step {step}; the batch's {what} and their values are in {path}. Lower "
+        "learning_rate, or train in float32 (model.dtype=float32); nothing after the last checkpoint is kept."
+    )
+
+
+def save_trained(trainer: Any, policy: str, folder: Path) -> str:
+    """Save the trained policy to `model/`, its adapter to `adapter/` and the category state; returns the model folder.
+
+    policy: the folder that the stage started from. Collective: every rank has to call it.
+    """
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    main = trainer.accelerator.is_main_process
+    if main:
+        save_adapter(trained, policy, folder / "adapter")
+    final = merged(trained)
+    if main:
+        save_policy(final, trainer.processing_class, folder / "model")
+        write_aside(folder / STATE_FILE, json.dumps(trainer.terms.state_dict()) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return str(folder / "model")
 
 
 def examples_per_step(stage: TrainingConfig) -> int:
@@ -77,17 +108,16 @@ def train(
     trainer.add_callback(ProgressCallback(context.progress, f"{name}: training"))
     if context.recipe.gate.every and stage.evaluate:
         trainer.add_callback(_GateCallback(trainer, name, context))
-    checkpoint = _resume_from(Path(trainer.args.output_dir), load_state, context.say)
+    checkpoint = resume_from(Path(trainer.args.output_dir), load_state, context.say)
     context.rewind(name, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def _resume_from(
+def resume_from(
     folder: Path, load_state: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]
 ) -> Path | None:
     """The newest complete checkpoint, its state loaded; incomplete ones are named and passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
+    for checkpoint in checkpoints(folder):
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -102,6 +132,11 @@ def _resume_from(
         say(f"resuming from {checkpoint}")
         return checkpoint
     return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, the newest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
 
 
 class ProgressCallback(TrainerCallback):

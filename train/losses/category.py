@@ -25,7 +25,7 @@ from torch import Tensor
 class CategoryState:
     """The state of the category terms; float64 on CPU, identical on all ranks.
 
-    `counts` are the training pairs of each category: the frequencies that weights are taken against.
+    `counts` are the training pairs (in SFT: the answer tokens) of each category: what weights are taken against.
     """
 
     categories: tuple[str, ...]
@@ -48,10 +48,19 @@ class CategoryState:
         self.error = torch.full((num,), float("nan"), dtype=torch.float64)
 
     @classmethod
-    def from_pairs(cls, pair_categories: Sequence[str], categories: Sequence[str]) -> "CategoryState":
-        """State over `categories`, counted in the training pairs; categories without a pair are left out."""
-        present = tuple(c for c in categories if c in set(pair_categories))
-        return cls(present, torch.tensor([float(pair_categories.count(c)) for c in present]))
+    def from_pairs(
+        cls, pair_categories: Sequence[str], categories: Sequence[str], sizes: Sequence[float] | None = None
+    ) -> "CategoryState":
+        """State over `categories`, counted in the training pairs; categories without a pair are left out.
+
+        sizes: what each pair counts; None: 1.
+        """
+        counts = dict.fromkeys(categories, 0.0)
+        for category, size in zip(pair_categories, sizes or [1.0] * len(pair_categories), strict=True):
+            if category in counts:
+                counts[category] += size
+        present = tuple(c for c in categories if counts[c])
+        return cls(present, torch.tensor([counts[c] for c in present]))
 
     def index(self, pair_categories: Sequence[str]) -> Tensor:
         """Index of each pair's category, (B,) int64; -1 for one that carries no term."""
@@ -97,13 +106,15 @@ def shrink(rate: Tensor, num: Tensor, overall: float, strength: float) -> Tensor
     return (known * num + overall * strength) / (num + strength)
 
 
-def update_margins(state: CategoryState, error: Tensor, *, eta: float, target: float, maximum: float) -> None:
+def update_margins(
+    state: CategoryState, error: Tensor, *, eta: float, target: float | Tensor, maximum: float
+) -> None:
     """delta_c <- clip(delta_c + eta (u_c - tau), 0, max). A category worse than its target has to win by more."""
     state.margin = (state.margin + eta * (error - target)).clamp(0.0, maximum)
 
 
 def update_multipliers(
-    state: CategoryState, error: Tensor, *, eta: float, target: float, maximum: float
+    state: CategoryState, error: Tensor, *, eta: float, target: float | Tensor, maximum: float
 ) -> None:
     """nu_c <- clip(nu_c + eta (u_c - tau), -max, max): dual ascent on log lambda_c; lambda_c > 1 lowers beta_c."""
     state.log_multiplier = (state.log_multiplier + eta * (error - target)).clamp(-maximum, maximum)

@@ -1,6 +1,5 @@
 """What preference and KTO stages share: from drawn examples to a saved policy."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -19,10 +18,7 @@ from equipoise.train.answers import BenignAnswers, encode_chosen
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import (
     load_policy,
-    merged,
     peft_config,
-    save_adapter,
-    save_policy,
     uses_frozen_copy,
 )
 from equipoise.train.preference_trainer import PreferenceTrainer
@@ -31,7 +27,7 @@ from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_stages import KLConfig, LogRatioStageConfig, MixtureConfig
 from equipoise.train.sampling import order_pairs
 from equipoise.train.stages.context import StageContext, StageResult
-from equipoise.train.training import STATE_FILE, train, training_arguments
+from equipoise.train.training import save_trained, train, training_arguments
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def train_on_log_ratios(
     frozen_copy = uses_frozen_copy(recipe.model)
     reference = None
     if frozen_copy and (stage.kl.active or stage.token_bias.coef):
-        reference = _frozen(policy, recipe)
+        reference = frozen_copy_of(policy, recipe)
     trainer = trainer_class(
         model=model,
         ref_model=reference,
@@ -121,15 +117,7 @@ def train_on_log_ratios(
     if before is not None:
         after = reference_cache.weights_fingerprint(watched)
         assert after == before, "the reference's weights changed during training"
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.is_main_process:
-        save_adapter(trained, policy, folder / "adapter")
-    final = merged(trained)
-    model_folder = folder / "model"
-    if trainer.accelerator.is_main_process:
-        save_policy(final, tokenizer, model_folder)
-        (folder / STATE_FILE).write_text(json.dumps(terms.state_dict()) + "\n")
-    trainer.accelerator.wait_for_everyone()
+    model_folder = save_trained(trainer, policy, folder)
     seconds = time.perf_counter() - started
     facts: dict[str, object] = {
         "num_steps": drawn.num_steps,
@@ -139,7 +127,7 @@ def train_on_log_ratios(
         "reference_cache_hit": trainer.reference_cache_hit,
         "beta_over_lam": stage.beta / stage.lam,
     }
-    return StageResult(str(model_folder), seconds, facts)
+    return StageResult(model_folder, seconds, facts)
 
 
 def _category_order(name: str) -> tuple[bool, int, str]:
@@ -153,7 +141,8 @@ def _is_frozen(trainer: PreferenceTrainer, recipe: Recipe) -> bool:
     return recipe.model.lora.enabled or trainer.ref_model is not None
 
 
-def _frozen(policy: str, recipe: Recipe) -> torch.nn.Module:
+def frozen_copy_of(policy: str, recipe: Recipe) -> torch.nn.Module:
+    """A second model from the folder `policy`, to be the reference."""
     model, _ = load_policy(recipe.model, policy)
     return model.requires_grad_(False)
 
