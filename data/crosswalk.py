@@ -27,6 +27,8 @@ class Crosswalk:
     """The labels of one taxonomy, each with the canonical categories it means, most fitting first."""
 
     name: str
+    taxonomy: Taxonomy
+    """The canonical categories, and a user's own."""
     categories: Mapping[str, tuple[str, ...]]
     """Native label, as its authors spell it -> canonical ids; empty: the label says that there is no harm."""
     spellings: Mapping[str, str]
@@ -36,6 +38,10 @@ class Crosswalk:
     def labels(self) -> tuple[str, ...]:
         """The native labels in the order of the file: where a record carries several, the first decides."""
         return tuple(self.categories)
+
+    def knows(self, text: str) -> bool:
+        """Whether `text` spells one of the labels."""
+        return _normalised(text) in self.spellings
 
     def label(self, text: str) -> str:
         """The native label that `text` spells, whatever its case and punctuation, by name, code or alias.
@@ -77,6 +83,23 @@ def crosswalk_names() -> tuple[str, ...]:
 
 
 @cache
+def find_crosswalk(name_or_path: str) -> Crosswalk:
+    """A shipped crosswalk by its name, or a user's own by the path of its YAML (`data.taxonomy`)."""
+    if name_or_path in crosswalk_names():
+        return crosswalk(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        shipped = ", ".join(crosswalk_names())
+        raise DataError(f"{name_or_path!r} is neither a file nor a crosswalk that is shipped: {shipped}.")
+    return read_crosswalk(path, load_taxonomy(name_or_path))
+
+
+def find_taxonomy(name_or_path: str | None) -> Taxonomy:
+    """The categories of a run: the shipped ones, and those of the user's YAML where `data.taxonomy` is one."""
+    return load_taxonomy() if name_or_path is None else find_crosswalk(name_or_path).taxonomy
+
+
+@cache
 def crosswalk(name: str) -> Crosswalk:
     """The shipped crosswalk `name`: `pku_saferlhf`, `beavertails`, `llama_guard`, ..."""
     if name not in crosswalk_names():
@@ -85,13 +108,19 @@ def crosswalk(name: str) -> Crosswalk:
 
 
 def read_crosswalk(path: Path, taxonomy: Taxonomy) -> Crosswalk:
-    """The crosswalk in a YAML with `labels` and, if it likes, `aliases`.
+    """The crosswalk in a YAML with `labels`, `aliases`, and a user's own `categories`, which `taxonomy` has already.
 
     Raises `DataError` with every entry that cannot be used.
     """
     content = read_yaml(path)
-    labels, aliases = content.get("labels"), content.get("aliases") or {}
-    if not isinstance(labels, dict) or not labels or not isinstance(aliases, dict):
+    for key in content.keys() - {"labels", "aliases", "categories"}:
+        raise DataError(f"{path}: unknown key {key!r}; possible: labels, aliases, categories.")
+    labels, aliases = content.get("labels") or {}, content.get("aliases") or {}
+    if (
+        not isinstance(labels, dict)
+        or not isinstance(aliases, dict)
+        or not (labels or content.get("categories"))
+    ):
         raise DataError(f"{path}: expected `labels:` with `LABEL: [CATEGORY, ...]`, and `aliases:` if any.")
     problems: list[str] = []
     categories: dict[str, tuple[str, ...]] = {}
@@ -119,7 +148,7 @@ def read_crosswalk(path: Path, taxonomy: Taxonomy) -> Crosswalk:
             )
     if problems:
         raise DataError(listed_problems(path, problems))
-    return Crosswalk(path.stem, categories, spellings)
+    return Crosswalk(path.stem, taxonomy, categories, spellings)
 
 
 def _normalised(text: str) -> str:

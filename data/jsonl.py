@@ -1,17 +1,27 @@
-"""Read JSON lines into records, and report everything that is wrong with a file in one error."""
+"""Read the lines of a file into records, and report everything that is wrong with the file in one error.
+
+JSON lines here; `tables.py` reads the rows of CSV and parquet as such lines.
+"""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from equipoise.data.crosswalk import Crosswalk
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, Turn
 from equipoise.data.taxonomy import OTHER, load_taxonomy
+from equipoise.data.transcripts import is_transcript, parse_transcript
 
 MAX_LISTED = 50
 """Problems printed in full; the rest are counted."""
+
+MAX_CHARS = 1_000_000
+"""Of one text: more is a slip (a file pasted into a field, a quote never closed), and no model reads it."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 ROLES = ("system", "user", "assistant")
 
@@ -20,7 +30,7 @@ Record = TypeVar("Record")
 
 @dataclass
 class Line:
-    """The JSON object on one line; its methods fetch a field or note what is wrong with it.
+    """The JSON object on one line, or a row of a table; its methods fetch a field or note what is wrong with it.
 
     A fetch that fails returns a harmless value of the right type: the record it ends up in is never used,
     because `read_records` raises once the file has been read.
@@ -31,6 +41,10 @@ class Line:
     """Counted from 1."""
     problems: list[str] = field(default_factory=list)
     """"FIELD: REASON", in the order found."""
+    from_text: bool = False
+    """Every value was read as text (CSV), so that `true` and `false` are words."""
+    crosswalk: Crosswalk | None = None
+    """Whose labels stand in `category`."""
 
     def problem(self, name: str, reason: str) -> None:
         """Note that the field `name` cannot be used."""
@@ -50,34 +64,59 @@ class Line:
         value = self.values.get(name)
         if value is None or isinstance(value, bool):
             return value
+        if self.from_text and isinstance(value, str) and value.strip().casefold() in ("true", "false"):
+            return value.strip().casefold() == "true"
         self.problem(name, f"found {_kind(value)}, expected true, false or null")
         return None
 
     def category(self) -> str:
-        """A category id or `helpful`; `OTHER` where the field is absent, null, or a list of other people's labels.
+        """A category id or `helpful`; `OTHER` where the field is absent or null.
+
+        With a crosswalk the field may hold its labels, one or a list; labels that speak of no harm are `helpful`.
+        Without one, a list of other people's labels is `OTHER`.
 
         An unknown text is a problem (a slip of the pen would move a pair to `OTHER` unseen), and so is a list
         with a known category in it: a record has one. `labels` returns the list.
         """
-        known = load_taxonomy()
-        value = self.values.get("category")
-        if value is None or (self.labels() and not any(label in known for label in self.labels())):
+        value, labels, crosswalk = self.values.get("category"), self.labels(), self.crosswalk
+        known = crosswalk.taxonomy if crosswalk else load_taxonomy()
+        if value is None:
+            return OTHER
+        if crosswalk and labels and all(crosswalk.knows(label) for label in labels):
+            return crosswalk.category(labels) or HELPFUL
+        if (
+            isinstance(value, list)
+            and crosswalk is None
+            and labels
+            and not any(label in known for label in labels)
+        ):
             return OTHER
         if not isinstance(value, str) or (value != HELPFUL and value not in known):
             found = repr(value) if isinstance(value, str) else _kind(value)
             expected = f"one of {', '.join(known.ids)}, {HELPFUL}, or no category"
+            if crosswalk:
+                stranger = next(
+                    (label for label in labels or (value,) if not crosswalk.knows(str(label))), value
+                )
+                found = repr(stranger)
+                expected += f", or labels of {crosswalk.name}: {'; '.join(crosswalk.labels)}"
             self.problem("category", f"found {found}, expected {expected}")
             return OTHER
         return value
 
     def labels(self) -> tuple[str, ...]:
-        """The labels in `category` where it is a list, as data sets with several categories a record have it."""
+        """What other people call the harm: the list in `category`, or its text where that is no category of ours."""
         value = self.values.get("category")
-        return tuple(str(label) for label in value) if isinstance(value, list) else ()
+        if isinstance(value, list):
+            return tuple(str(label) for label in value)
+        known = self.crosswalk.taxonomy if self.crosswalk else load_taxonomy()
+        return (value,) if isinstance(value, str) and value != HELPFUL and value not in known else ()
 
     def prompt(self) -> tuple[Turn, ...]:
-        """A text (one user turn), or a list of turns of which the last is the user's."""
+        """A text (one user turn; a transcript is parsed into turns), or a list of turns, the last one the user's."""
         value = self.values.get("prompt")
+        if isinstance(value, str) and is_transcript(value):
+            return self._transcript(value)
         if not isinstance(value, list):
             return ({"role": "user", "content": self._text(value, "prompt", "a text or a list of turns")},)
         turns = tuple(self._turn(turn, f"prompt[{index}]") for index, turn in enumerate(value))
@@ -100,6 +139,18 @@ class Line:
             extra["labels"] = list(self.labels())
         return {**(value or {}), **extra}
 
+    def _transcript(self, text: str) -> tuple[Turn, ...]:
+        try:
+            turns = parse_transcript(self._text(text, "prompt"))
+        except DataError as error:
+            self.problem("prompt", str(error))
+            return ()
+        if turns[-1]["role"] != "user":
+            self.problem(
+                "prompt", "is a transcript in which the assistant spoke last, expected 'Human:' to have"
+            )
+        return turns
+
     def _turn(self, turn: object, name: str) -> Turn:
         if not isinstance(turn, dict):
             self.problem(name, f'found {_kind(turn)}, expected {{"role": ..., "content": ...}}')
@@ -117,6 +168,10 @@ class Line:
             self.problem(name, f"{found}, expected {expected}")
         elif not value.strip():
             self.problem(name, "is empty" if not value else "is only white space")
+        elif len(value) > MAX_CHARS:
+            self.problem(
+                name, f"has {len(value):,} characters, expected at most {MAX_CHARS:,}; cut it or leave it out"
+            )
         elif not _encodable(value):
             self.problem(name, "holds half of a surrogate pair, which no tokenizer can read")
         else:
@@ -124,68 +179,79 @@ class Line:
         return ""
 
 
-def read_records(path: Path, parse: Callable[[Line], Record]) -> list[Record]:
-    """One record a line, in the file's order; blank lines hold no record.
+def json_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file in UTF-8, each a JSON object; blank lines are passed over."""
+    try:
+        with path.open("rb") as file:
+            for number, encoded in enumerate(file, start=1):
+                line = _json_line(encoded.removeprefix(BYTE_ORDER_MARK) if number == 1 else encoded, number)
+                if line is not None:
+                    yield line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_records(
+    path: Path, parse: Callable[[Line], Record], lines: Callable[[Path], Iterable[Line]] = json_lines
+) -> list[Record]:
+    """One record a line, in the file's order.
 
     Raises `DataError` with line, field and reason of every problem in the file: what cannot be read, what
     `parse` noted, and an id that occurs twice.
     """
     records: list[Record] = []
-    problems: list[str] = []
+    listed: list[str] = []
+    num_problems = 0
     ids: dict[object, int] = {}
-    for line in _lines(path):
+    for line in lines(path):
         record = None if line.problems else parse(line)
         given = line.values.get("id")
         if isinstance(given, str) and (first := ids.setdefault(given, line.number)) != line.number:
             line.problem("id", f"{given!r} is the id of line {first} too")
-        problems += [f"{path}:{line.number}: {problem}" for problem in line.problems]
-        if record is not None:
+        num_problems += len(line.problems)
+        listed += [f"{path}:{line.number}: {p}" for p in line.problems[: MAX_LISTED - len(listed)]]
+        if record is not None and not num_problems:
             records.append(record)
-    if problems:
-        raise DataError(_listed(path, problems))
+    if num_problems:
+        raise DataError(_listed(path, listed, num_problems))
     if not records:
-        raise DataError(f"{path} holds no record; one JSON object a line is expected.")
+        raise DataError(f"{path} holds no record; at least one is expected.")
     return records
 
 
-def _lines(path: Path) -> Iterator[Line]:
+def _json_line(encoded: bytes, number: int) -> Line | None:
+    line = Line({}, number)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    for number, encoded in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        line = Line({}, number)
-        try:
-            text = encoded.decode("utf-8")
-            if not text.strip():
-                continue
-            value = json.loads(text)
-        except UnicodeDecodeError as error:
-            line.problem("line", f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
-        except json.JSONDecodeError as error:
-            line.problem("line", f"is not JSON ({error.msg}, column {error.colno})")
-        except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-            line.problem("line", f"is not JSON that can be read ({error})")
+        text = encoded.removesuffix(b"\n").decode("utf-8")
+        if not text.strip():
+            return None
+        value = json.loads(text)
+    except UnicodeDecodeError as error:
+        line.problem("line", f"is not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        line.problem("line", f"is not JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        line.problem("line", f"is not JSON that can be read ({error})")
+    else:
+        if isinstance(value, dict):
+            line.values = value
         else:
-            if isinstance(value, dict):
-                line.values = value
-            else:
-                line.problem("line", f"found {_kind(value)}, expected a JSON object")
-        yield line
+            line.problem("line", f"found {_kind(value)}, expected a JSON object")
+    return line
 
 
-def _listed(path: Path, problems: list[str]) -> str:
-    listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED])
-    rest = len(problems) - MAX_LISTED
+def _listed(path: Path, listed: list[str], num_problems: int) -> str:
+    lines = "\n".join(f"  {problem}" for problem in listed)
+    rest = num_problems - len(listed)
     more = f"\n  ... and {rest} more" if rest > 0 else ""
-    return f"{path} has {len(problems)} problem{'s'[: len(problems) > 1]}:\n{listed}{more}"
+    return f"{path} has {num_problems} problem{'s'[: num_problems > 1]}:\n{lines}{more}"
 
 
 def _kind(value: object) -> str:
     """What JSON calls a value, without its text: the records may be harmful to print."""
     names: dict[type, str] = {bool: "true or false", int: "a number", float: "a number", str: "a text"}
     names |= {list: "a list", dict: "an object", type(None): "null"}
-    return names[type(value)]
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _encodable(text: str) -> bool:

@@ -8,6 +8,7 @@ configuration. A key that is not here is an error, so is a value of the wrong ty
 from dataclasses import dataclass, field
 from typing import Any
 
+from equipoise.data.config import DataConfig
 from equipoise.data.errors import EquipoiseError
 
 
@@ -50,22 +51,6 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-@dataclass
-class DataConfig:
-    """What is trained on and judged on."""
-
-    source: str = "samples"
-    """samples (shipped) | jsonl (a user's own preference pairs at `path`)."""
-    path: str | None = None
-    """The file of `source: jsonl`; its schema is in data/README.md."""
-    held_out_fraction: float = 0.0
-    """Share of the prompts of `path` kept out of training and judged (split by normalised prompt)."""
-    max_length: int = 512
-    """Tokens of prompt + longer completion; a longer pair is dropped and counted."""
-    max_prompts_per_category: int | None = None
-    """Judge at most this many held-out prompts a category (a quick look); None: all."""
 
 
 @dataclass

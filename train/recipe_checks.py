@@ -8,12 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from equipoise.data.crosswalk import find_crosswalk
+from equipoise.data.errors import DataError
+from equipoise.data.sources import FILE_SOURCES, SHIPPED_PARTS, source_names
+from equipoise.data.sources.files import LABELLED_FIELDS, PAIR_FIELDS
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.train.recipe import DataConfig, GateConfig, LossConfig, ModelConfig, Recipe, RecipeError
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "safedpo")
 MARGIN_LOSSES = ("sigmoid", "hinge", "robust", "safedpo")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+DATA_FIELDS = sorted(PAIR_FIELDS | LABELLED_FIELDS)
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -149,16 +155,70 @@ def _check_model(model: ModelConfig, problems: Problems) -> None:
 
 
 def _check_data(data: DataConfig, problems: Problems) -> None:
-    problems.one_of("data.source", data.source, ("samples", "jsonl"))
-    check_path("data", "source", "jsonl", data.source, data.path, problems)
+    _check_source(data, problems)
+    _check_taxonomy(data, problems)
+    for name in data.fields:
+        problems.one_of("data.fields", name, DATA_FIELDS)
+    if data.mirror is not None and not Path(data.mirror).expanduser().is_dir():
+        problems.add("data.mirror", f"found {data.mirror!r}, which is no folder")
+    problems.one_of("data.preference", data.preference, ("safe", "helpful", "both"))
+    for key in ("both_safe", "both_unsafe", "unsafe_chosen"):
+        problems.one_of(f"data.{key}", getattr(data, key), ("keep", "drop", "mark"))
     fraction = data.held_out_fraction
     problems.expect(0 <= fraction < 1, "data.held_out_fraction", fraction, "a share in [0, 1)")
     if fraction and data.source == "samples":
-        reason = f"found {fraction!r}, but the samples have their own held-out prompts; it is for data=jsonl"
+        reason = (
+            f"found {fraction!r}, but the samples have their own held-out prompts; it is for other sources"
+        )
         problems.add("data.held_out_fraction", reason)
     at_least(8, "data.max_length", data.max_length, problems)
-    if data.max_prompts_per_category is not None:
-        at_least(1, "data.max_prompts_per_category", data.max_prompts_per_category, problems)
+    for key in ("num_rows", "max_prompts_per_category"):
+        number = getattr(data, key)
+        if number is not None:
+            at_least(1, f"data.{key}", number, problems)
+
+
+def _check_source(data: DataConfig, problems: Problems) -> None:
+    """The source, the parts of a mixture, and the path where one of them reads the user's files."""
+    parts = list(data.mixture) if data.source == "mixture" else [data.source]
+    problems.one_of("data.source", data.source, ("samples", "mixture", *source_names()))
+    if data.source == "mixture" and not data.mixture:
+        problems.add(
+            "data.mixture", "has to be given with data.source=mixture: data.mixture={NAME: SHARE, ...}"
+        )
+    elif data.source != "mixture" and data.mixture:
+        problems.add(
+            "data.mixture", f"found parts, but data.source={data.source} reads none; expected mixture"
+        )
+    for name, share in data.mixture.items():
+        positive(f"data.mixture.{name}", share, problems)
+        if name not in (possible := (*SHIPPED_PARTS, *source_names())):
+            problems.unknown(f"data.mixture.{name}", name, possible)
+    reads_files = [name for name in parts if name in FILE_SOURCES]
+    if reads_files and data.path is None:
+        problems.add("data.path", f"has to be given with data.source={reads_files[0]}: data.path=FILE")
+    elif reads_files and data.path is not None and not Path(data.path).expanduser().exists():
+        problems.add("data.path", f"found {data.path!r}, which is no file and no folder")
+    elif data.path is not None and not reads_files:
+        problems.add("data.path", f"found {data.path!r}, but data.source={data.source} reads no file")
+    if len(reads_files) > 1:
+        problems.add(
+            "data.mixture",
+            f"found {' and '.join(reads_files)}, but there is one data.path; expected one of them",
+        )
+    for key in ("fields", "taxonomy"):
+        if getattr(data, key) and not reads_files:
+            reason = f"found {getattr(data, key)!r}, but data.source={data.source} reads no file of yours"
+            problems.add(f"data.{key}", reason)
+
+
+def _check_taxonomy(data: DataConfig, problems: Problems) -> None:
+    """Note a taxonomy that cannot be read, with what is wrong in it."""
+    if data.taxonomy is not None:
+        try:
+            find_crosswalk(data.taxonomy)
+        except DataError as error:
+            problems.add("data.taxonomy", str(error))
 
 
 def _check_gate(gate: GateConfig, problems: Problems) -> None:

@@ -2,12 +2,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from equipoise.data.config import DataConfig
 from equipoise.data.errors import DataError
 from equipoise.data.jsonl import MAX_LISTED
-from equipoise.data.sources import load_data, load_jsonl_pairs, load_samples, normalise_prompt
+from equipoise.data.sources import SafetyData, load_data, load_jsonl_pairs, load_samples, normalise_prompt
 
 GOOD = {"prompt": "How do I sharpen a chisel?", "chosen": "On a flat stone.", "rejected": "No idea."}
 
@@ -200,6 +202,10 @@ def test_turns_count_and_a_text_is_one_user_turn() -> None:
     assert normalise_prompt(turns[:1]) == normalise_prompt("hello")
 
 
+def load(path: Path, seed: int = 0, **keys: Any) -> SafetyData:
+    return load_data(DataConfig(source="jsonl", path=str(path), **keys), seed)
+
+
 def user_file(tmp_path: Path) -> Path:
     """200 safety pairs, 100 helpful ones, and two whose prompts the shipped suites have."""
     samples = load_samples()
@@ -210,7 +216,7 @@ def user_file(tmp_path: Path) -> Path:
 
 
 def test_a_users_pairs_replace_the_training_pairs_and_the_suites_stay(tmp_path: Path) -> None:
-    samples, data = load_samples(), load_data("jsonl", str(user_file(tmp_path)), 0.0, seed=0)
+    samples, data = load_samples(), load(user_file(tmp_path))
     assert (len(data.safety_pairs), len(data.helpful_pairs)) == (200, 100)
     assert data.counts == {"read": 302, "other": 2, "held_out": 0, "dropped_in_suites": 2}
     assert data.harmful_prompts == samples.harmful_prompts
@@ -220,7 +226,7 @@ def test_a_users_pairs_replace_the_training_pairs_and_the_suites_stay(tmp_path: 
 
 
 def test_held_out_prompts_are_judged_once_and_not_trained_on(tmp_path: Path) -> None:
-    samples, data = load_samples(), load_data("jsonl", str(user_file(tmp_path)), 0.3, seed=0)
+    samples, data = load_samples(), load(user_file(tmp_path), held_out_fraction=0.3)
     harmful = data.harmful_prompts[len(samples.harmful_prompts) :]
     helpful = data.helpful_prompts[len(samples.helpful_prompts) :]
     trained = {normalise_prompt(pair.prompt) for pair in data.safety_pairs + data.helpful_pairs}
@@ -241,7 +247,7 @@ def test_the_split_depends_on_prompt_and_seed_alone(tmp_path: Path) -> None:
 
     def training(file: Path, seed: int) -> set[str]:
         return {
-            normalise_prompt(pair.prompt) for pair in load_data("jsonl", str(file), 0.3, seed).safety_pairs
+            normalise_prompt(pair.prompt) for pair in load(file, seed, held_out_fraction=0.3).safety_pairs
         }
 
     assert training(path, 0) == training(reordered, 0)
@@ -251,19 +257,22 @@ def test_the_split_depends_on_prompt_and_seed_alone(tmp_path: Path) -> None:
 def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
     leaked = load_samples().harmful_prompts[0].prompt
     path = write(tmp_path / "mine.jsonl", {**GOOD, "prompt": leaked})
-    with pytest.raises(DataError, match="no pair to train on: of 1, 1 have a prompt of a shipped suite"):
-        load_data("jsonl", str(path), 0.0, seed=0)
+    with pytest.raises(
+        DataError,
+        match="nothing to train on: of 1 rows read and 1 pairs, 1 records have a prompt of a shipped suite",
+    ):
+        load(path)
 
 
 def test_a_source_that_cannot_be_loaded() -> None:
-    with pytest.raises(DataError, match="'hub'; possible: samples, jsonl"):
-        load_data("hub", None, 0.0, seed=0)
+    with pytest.raises(DataError, match="'hub'; possible: samples, mixture, jsonl"):
+        load_data(DataConfig(source="hub"), seed=0)
     with pytest.raises(DataError, match=r"add data\.path=FILE"):
-        load_data("jsonl", None, 0.0, seed=0)
+        load_data(DataConfig(source="jsonl"), seed=0)
 
 
 def test_samples_need_no_file() -> None:
-    assert load_data("samples", None, 0.0, seed=0) == load_samples()
+    assert load_data(DataConfig(), seed=0) == load_samples()
 
 
 @pytest.mark.skipif("EQUIPOISE_DATA" not in os.environ, reason="EQUIPOISE_DATA names no folder of real data")
@@ -273,5 +282,5 @@ def test_real_pairs_load_completely() -> None:
     assert len(pairs) == 2411
     assert {pair.category for pair in pairs} == {"OTHER"}
     assert sum("labels" in pair.meta for pair in pairs) == 241
-    data = load_data("jsonl", str(path), 0.1, seed=0)
+    data = load(path, held_out_fraction=0.1)
     assert len(data.safety_pairs) + data.counts["held_out"] + data.counts["dropped_in_suites"] == 2411
