@@ -70,8 +70,8 @@ def evaluate(
     """
     started = time.perf_counter()
     suites = {
-        HARMFUL: _first_of_each(harmful.prompts(data), settings.max_prompts_per_category),
-        LOOKALIKE: _first_of_each(lookalike.prompts(data), settings.max_prompts_per_category),
+        HARMFUL: first_of_each(harmful.prompts(data), settings.max_prompts_per_category),
+        LOOKALIKE: first_of_each(lookalike.prompts(data), settings.max_prompts_per_category),
         HELPFULNESS: list(helpfulness.prompts(data)[: settings.max_helpful_prompts]),
     }
     num_available = {
@@ -171,7 +171,7 @@ def _score(
     ]
 
 
-def _first_of_each(exchanges: Sequence[Exchange], limit: int | None) -> list[Exchange]:
+def first_of_each(exchanges: Sequence[Exchange], limit: int | None) -> list[Exchange]:
     """The first `limit` exchanges of each category, in their order."""
     num_taken: Counter[str] = Counter()
     taken = []
