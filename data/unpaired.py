@@ -6,19 +6,18 @@ from pathlib import Path
 
 from equipoise.data.errors import DataError
 from equipoise.data.jsonl import Line, read_records
-from equipoise.data.schema import Exchange, LabelledExchange, PreferencePair, UnpairedExchange
-from equipoise.data.sources import normalise_prompt
+from equipoise.data.schema import HELPFUL, Exchange, LabelledExchange, PreferencePair, UnpairedExchange
+from equipoise.data.splits import normalise_prompt
 
 _FIELDS = frozenset({"id", "prompt", "response", "desirable", "label", "category", "source"})
 
 
 @dataclass(frozen=True)
 class UnpairedData:
-    """What is left of a file of unpaired answers to train on."""
+    """Unpaired answers to train on."""
 
     exchanges: list[UnpairedExchange]
-    num_read: int
-    num_in_suites: int
+    num_in_suites: int = 0
     """Dropped, because a suite that the run is judged on asks the same."""
 
 
@@ -35,7 +34,7 @@ def load_unpaired(path: str | Path, suites: Iterable[Exchange]) -> UnpairedData:
             f"{path} leaves no answer to train on: the prompts of all {len(read)} occur in the suites that the run is "
             "judged on. Give a file with other prompts."
         )
-    return UnpairedData(fresh, len(read), len(read) - len(fresh))
+    return UnpairedData(fresh, len(read) - len(fresh))
 
 
 def read_unpaired(path: str | Path) -> list[UnpairedExchange]:
@@ -78,12 +77,20 @@ def _desirable(line: Line) -> bool:
 
 
 def from_labelled(exchanges: Sequence[LabelledExchange]) -> list[UnpairedExchange]:
-    """Labelled answers as unpaired ones: a safe answer is desirable; one that nobody labelled is left out."""
+    """Labelled answers as unpaired ones, but for those whose labels do not say whether they are desirable."""
+    labelled = [(exchange, _is_desirable(exchange)) for exchange in exchanges]
     return [
-        UnpairedExchange(e.id, e.prompt, e.response, e.safe, e.category, e.source)
-        for e in exchanges
-        if e.safe is not None
+        UnpairedExchange(e.id, e.prompt, e.response, desirable, e.category, e.source)
+        for e, desirable in labelled
+        if desirable is not None
     ]
+
+
+def _is_desirable(exchange: LabelledExchange) -> bool | None:
+    """To a harmful request: a safe answer. To a harmless one: a safe answer that is no refusal."""
+    if exchange.category != HELPFUL or exchange.safe is False:
+        return exchange.safe
+    return None if exchange.refusal is None else not exchange.refusal
 
 
 def from_pairs(pairs: Sequence[PreferencePair]) -> list[UnpairedExchange]:

@@ -1,4 +1,4 @@
-"""Single answers as batches `[prompt | answer]`, short ones sharing a row: for SFT, and for KL beside the pairs."""
+"""Single answers as batches `[prompt | answer]`, short ones sharing a row: for SFT and KTO, and for KL beside the pairs."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.errors import DataError
-from equipoise.data.schema import PreferencePair
+from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.train.pairs import collate_blocks, encode_answer, encode_turns, refuse_broken
 
 
 @dataclass(frozen=True)
 class EncodedAnswers:
-    """Tokenised chosen answers and what did not make it."""
+    """Tokenised answers and what did not make it."""
 
     dataset: Dataset
-    """Columns: prompt_ids, answer_ids, category (str), example (row number)."""
+    """Columns: prompt_ids, answer_ids, desirable, category (str), example (row number)."""
     ids: list[str]
-    """The pairs' own ids, by row number."""
+    """The answers' own ids, by row number."""
     too_long: list[str]
     """Ids of the answers dropped because prompt + answer exceed max_length."""
 
@@ -30,7 +30,15 @@ class EncodedAnswers:
 def encode_chosen(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedAnswers:
-    """Tokenise each pair's chosen answer behind its prompt.
+    """Tokenise each pair's chosen answer behind its prompt; see `encode_answers`."""
+    chosen = [UnpairedExchange(pair.id, pair.prompt, pair.chosen, True, pair.category) for pair in pairs]
+    return encode_answers(chosen, tokenizer, max_length)
+
+
+def encode_answers(
+    exchanges: Sequence[UnpairedExchange], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> EncodedAnswers:
+    """Tokenise each answer behind its prompt.
 
     Raises DataError when the template's prompt is no prefix of prompt + answer, or nothing fits.
     """
@@ -38,21 +46,21 @@ def encode_chosen(
     ids: list[str] = []
     too_long: list[str] = []
     broken: list[str] = []
-    for pair in pairs:
-        prompt = encode_turns(tokenizer, pair.prompt, prompt=True)
-        answer = encode_answer(tokenizer, pair.prompt, prompt, pair.chosen)
+    for exchange in exchanges:
+        prompt = encode_turns(tokenizer, exchange.prompt, prompt=True)
+        answer = encode_answer(tokenizer, exchange.prompt, prompt, exchange.response)
         if not answer:
-            broken.append(pair.id)
+            broken.append(exchange.id)
         elif len(prompt) + len(answer) > max_length:
-            too_long.append(pair.id)
+            too_long.append(exchange.id)
         else:
-            example = {"category": pair.category, "example": len(rows)}
-            rows.append({"prompt_ids": prompt, "answer_ids": answer, **example})
-            ids.append(pair.id)
-    refuse_broken(broken, len(pairs), "answers")
+            labels = {"desirable": exchange.desirable, "category": exchange.category, "example": len(rows)}
+            rows.append({"prompt_ids": prompt, "answer_ids": answer, **labels})
+            ids.append(exchange.id)
+    refuse_broken(broken, len(exchanges), "answers")
     if not rows:
         raise DataError(
-            f"none of {len(pairs)} answers fits into data.max_length={max_length} tokens; raise data.max_length"
+            f"none of {len(exchanges)} answers fits into data.max_length={max_length} tokens; raise data.max_length"
         )
     return EncodedAnswers(Dataset.from_list(rows), ids, too_long)
 

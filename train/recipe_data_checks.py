@@ -9,7 +9,14 @@ from equipoise.train.recipe import DataConfig, Recipe
 from equipoise.train.recipe_checks import Problems, near_misses
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_safe_rlhf_checks import constrained
-from equipoise.train.recipe_stages import KLConfig, KTOStageConfig, LogRatioStageConfig, PreferenceStageConfig, ScorerStageConfig, SFTStageConfig
+from equipoise.train.recipe_stages import (
+    KLConfig,
+    KTOStageConfig,
+    LogRatioStageConfig,
+    PreferenceStageConfig,
+    ScorerStageConfig,
+    SFTStageConfig,
+)
 from equipoise.train.scorer_pairs import scorer_pairs
 from equipoise.train.stage_tasks import stage_tasks
 from equipoise.train.stages.kto import stage_examples, subset_of
