@@ -78,9 +78,10 @@ def _digest(prompt: str, seed: int) -> bytes:
     return hashlib.blake2b(f"held out\n{seed}\n{prompt}".encode(), digest_size=16).digest()
 
 
-def scorer_rows(dataset: Dataset, ends: set[int]) -> Dataset:
+def scorer_rows(stage: ScorerStageConfig, dataset: Dataset, ends: set[int]) -> Dataset:
     """`encode_pairs`' rows with answers that end where a generated one does (`ends`), and the columns of
     `scorer_trainer.LABELS`."""
+    is_cost = isinstance(stage, CostModelStageConfig)
 
     def row(example: dict[str, Any]) -> dict[str, Any]:
         helpful = example["category"] == HELPFUL
@@ -89,7 +90,7 @@ def scorer_rows(dataset: Dataset, ends: set[int]) -> Dataset:
         }
         cut = {name: cut_behind_end(example[name], ends) for name in ("chosen_ids", "rejected_ids")}
         kept = {name: example[name] for name in ("prompt_ids", "category", "pair")}
-        return kept | cut | signs | {"ordered": int(not helpful)}
+        return kept | cut | signs | {"ordered": int(not (is_cost and helpful))}
 
     return Dataset.from_list([row(example) for example in dataset])
 

@@ -60,12 +60,12 @@ def _train_scorer(
     pairs, facts = scorer_pairs(stage, context.data)
     training, held_out = split_by_prompt(pairs, stage.held_out_fraction, recipe.seed)
     encoded = encode_pairs(training, tokenizer, recipe.data.max_length)
-    unique = scorer_rows(encoded.dataset, ends)
+    unique = scorer_rows(stage, encoded.dataset, ends)
     rows, names, num_steps = draw(unique, stage, examples_per_step(stage), recipe.seed)
     too_long, held_out_rows = list(encoded.too_long), None
     if held_out:
         encoded_held_out = encode_pairs(held_out, tokenizer, recipe.data.max_length)
-        held_out_rows = _indexed(scorer_rows(encoded_held_out.dataset, ends), names)
+        held_out_rows = _indexed(scorer_rows(stage, encoded_held_out.dataset, ends), names)
         too_long += encoded_held_out.too_long
     if too_long:
         context.say(
