@@ -1,3 +1,4 @@
+import argparse
 import importlib
 import json
 import os
@@ -17,6 +18,12 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 def preference(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(SCRIPTS)
     return importlib.import_module("benchmarks.preference")
+
+
+def parsed(benchmark: ModuleType, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    benchmark.add_command(parser.add_subparsers())
+    return parser.parse_args(arguments)
 
 
 def write_pairs(path: Path, num_pairs: int, length: int) -> Path:
@@ -110,9 +117,7 @@ def test_a_difference_that_is_no_number_is_not_equal(preference: ModuleType) -> 
 def test_too_few_pairs(preference: ModuleType, tiny_model_folder: Path, tmp_path: Path) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 5, 3)
     arguments = ["preference", "--model", str(tiny_model_folder), "--pairs", str(pairs)]
-    options = preference.argument_parser("benchmark").parse_args(
-        [*arguments, "--steps", "3", "--batch-size", "8"]
-    )
+    options = parsed(preference, [*arguments, "--steps", "3", "--batch-size", "8"])
     with pytest.raises(EquipoiseError, match=r"5 pairs fit into 512 tokens; 3 steps of 8 need 24"):
         preference.prepare(options)
 
@@ -122,9 +127,7 @@ def test_a_side_takes_the_first_batches_of_the_same_draw(
 ) -> None:
     pairs = write_pairs(tmp_path / "pairs.jsonl", 8, 3)
     arguments = ["preference", "--model", str(tiny_model_folder), "--pairs", str(pairs)]
-    options = preference.argument_parser("benchmark").parse_args(
-        [*arguments, "--steps", "4", "--batch-size", "2"]
-    )
+    options = parsed(preference, [*arguments, "--steps", "4", "--batch-size", "2"])
     work = preference.prepare(options)
     assert work.batches == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [pair.prompt[0]["content"] for pair in work.pairs] != [
@@ -135,3 +138,23 @@ def test_a_side_takes_the_first_batches_of_the_same_draw(
     assert part.rows["prompt_ids"] == work.rows["prompt_ids"][:4]
     assert part.pairs == work.pairs[:4]
     assert part.num_tokens == {side: tokens[:2] for side, tokens in work.num_tokens.items()}
+
+
+def test_decoding_with_and_without_tsdi(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    tsdi = importlib.import_module("benchmarks.tsdi")
+    arguments = ["tsdi", "--model", str(tiny_model_folder), "--json", "--pairs-of-runs", "3"]
+    arguments += ["--batch-size", "2", "--max-new-tokens", "6", "--num-positions", "2"]
+    options = parsed(tsdi, arguments)
+    assert options.run(options, SCRIPTS / "benchmark") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [len(result["seconds"][side]) for side in ("without", "with")] == [3, 3]
+    assert 0 < result["processor_share"] < 1
+    assert result["tsdi_ratio"] > 0
+    assert result["setting"]["vocabulary"] == 259
+    by_hand = tsdi.summarise({"with": [3.0, 4.0, 8.0], "without": [2.0, 4.0, 4.0]}, [0.5, 0.25, 0.75])
+    assert by_hand["tsdi_ratio"] == 1.5
+    assert by_hand["tsdi_ratio_spread"]["max"] == 2.0
+    assert by_hand["processor_share"] == 0.5

@@ -228,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
         for point in points:
             settings_of(point, options.seed)
     except ValueError as error:
-        raise DataError(f"ablate_tsdi: {error}") from error
+        raise DataError(str(error)) from error
     console = Console(stderr=True, highlight=False)
     _claim(options)
     ablation = _load(options, points, console)

@@ -39,10 +39,8 @@ and against TRL with precompute_ref_log_probs=True. Peak memory is that of a pro
 """
 
 
-def argument_parser(program: str) -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog=program)
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_command(commands: Any) -> None:
+    """The subcommand `preference`."""
     command = commands.add_parser(
         "preference",
         help="the preference trainer beside TRL's DPOTrainer",
@@ -72,7 +70,7 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draw of pairs and the adapters (0)")
     add("--json", action="store_true", help="one JSON object as the last line")
     add("--memory-of", choices=("trl", "equipoise"), help=argparse.SUPPRESS)  # how the program calls itself
-    return parser
+    command.set_defaults(run=run)
 
 
 def _positive(text: str) -> int:
