@@ -105,12 +105,16 @@ class Line:
         return value
 
     def labels(self) -> tuple[str, ...]:
-        """What other people call the harm: the list in `category`, or its text where that is no category of ours."""
+        """What other people call the harm: the list in `category`, or its text where that is a label of theirs."""
         value = self.values.get("category")
         if isinstance(value, list):
             return tuple(str(label) for label in value)
+        if not isinstance(value, str):
+            return ()
+        if self.crosswalk and self.crosswalk.knows(value):
+            return (value,)
         known = self.crosswalk.taxonomy if self.crosswalk else load_taxonomy()
-        return (value,) if isinstance(value, str) and value != HELPFUL and value not in known else ()
+        return () if value == HELPFUL or value in known else (value,)
 
     def prompt(self) -> tuple[Turn, ...]:
         """A text (one user turn; a transcript is parsed into turns), or a list of turns, the last one the user's."""

@@ -75,7 +75,7 @@ def parquet_lines(path: Path, required: Sequence[str]) -> Iterator[Line]:
                     number += 1
                     yield Line(values, number)
     except FileNotFoundError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{path} cannot be read: No such file or directory.") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

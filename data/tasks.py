@@ -1,5 +1,6 @@
 """Tasks whose answers can be checked: generated arithmetic, some of it without an answer, and a user's own file."""
 
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,8 @@ def _answer(line: Line) -> str | None:
     """`answer` as a text; a number is written out, so that `12` and `"12"` are the same."""
     value = line.values.get("answer")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            line.problem("answer", f"found {value}, expected a finite number or a text")
         return str(value)
     return line.optional_text("answer") or None
 

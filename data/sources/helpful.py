@@ -116,7 +116,8 @@ def load_helpsteer(version: str, config: DataConfig) -> Records:
         elif best["helpfulness"] == worst["helpfulness"]:
             records.left_out["no answer to its prompt is more helpful than another"] += len(rated)
         else:
-            records.left_out["neither the best nor the worst answer to its prompt"] += len(rated) - 2
+            if len(rated) > 2:
+                records.left_out["neither the best nor the worst answer to its prompt"] += len(rated) - 2
             records.pairs.append(
                 PreferencePair(
                     id=f"helpsteer/{version}:{best['number']}",

@@ -28,7 +28,8 @@ def settle(records: Records) -> None:
             continue
         verdict = max(votes, key=lambda safe: (votes[safe], safe is not None))
         settled.append(next(exchange for exchange in group if exchange.safe is verdict))
-        records.left_out["the same prompt and answer again"] += len(group) - 1
+        if len(group) > 1:
+            records.left_out["the same prompt and answer again"] += len(group) - 1
     records.labelled = settled
 
 

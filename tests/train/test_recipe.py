@@ -103,7 +103,7 @@ def test_groups_and_keys_can_be_set(overrides: tuple[str, ...]) -> None:
 
 def test_a_users_file_has_to_exist(tmp_path: Path) -> None:
     found = problems("recipe=tsdi", "data=jsonl", f"data.path={tmp_path}/no.jsonl")
-    assert found == {"data.path": f"found '{tmp_path}/no.jsonl', which is no file"}
+    assert found == {"data.path": f"found '{tmp_path}/no.jsonl', which is no file and no folder"}
     (tmp_path / "yes.jsonl").touch()
     loaded("recipe=tsdi", "data=jsonl", f"data.path={tmp_path}/yes.jsonl", "data.held_out_fraction=0.1")
 
@@ -188,7 +188,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("model.dtype", "bfloat61", "found 'bfloat61', did you mean 'bfloat16'"),
         ("model.lora.dropout", 1.0, "found 1.0, expected a share in [0, 1)"),
         ("model.lora.target_modules", [], "found [], expected 'all-linear'"),
-        ("data.source", "hub", "found 'hub', possible: samples, jsonl"),
+        ("data.source", "hub", "found 'hub', possible: samples, mixture, jsonl"),
         ("data.path", "pairs.jsonl", "found 'pairs.jsonl', but data.source=samples reads no file"),
         ("data.held_out_fraction", 0.1, "found 0.1, but the samples have their own held-out prompts"),
         ("data.max_length", 0, "found 0, expected at least 8"),
