@@ -6,7 +6,7 @@ from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL
 from equipoise.data.sources import SafetyData
 from equipoise.train.recipe import DataConfig, Recipe
-from equipoise.train.recipe_checks import Problems, near_misses
+from equipoise.train.recipe_checks import Problems
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_safe_rlhf_checks import constrained
 from equipoise.train.recipe_stages import (
@@ -144,6 +144,5 @@ def check_categories(
     for category in per_category:
         if category not in present:
             occurring = ", ".join(sorted(present, key=lambda c: (c == HELPFUL, len(c), c)))
-            hint = near_misses(category, present)
-            reason = f"nothing that this stage trains on has this category; {hint}occurring: {occurring}"
+            reason = f"nothing that this stage trains on has this category; occurring: {occurring}"
             problems.add(f"{key}.{category}", reason)

@@ -1,8 +1,13 @@
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from equipoise.train.losses.log_probs import selected_log_probs, token_kl
 
@@ -89,6 +94,69 @@ def test_kl_equals_that_of_torch_distributions(
     of = [hidden, *([weight, bias] if trained else [])]
     for mine, theirs in zip(gradients(ours, *of), gradients(plain, *of), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_kl_by_hand() -> None:
+    """pi = (1/2, 1/4, 1/4), pi_ref = (1/4, 1/4, 1/2), given as logits through an identity head."""
+    policy = torch.log(torch.tensor([[2.0, 1.0, 1.0]])).requires_grad_()
+    reference = torch.log(torch.tensor([[1.0, 1.0, 2.0]]))
+    forward = token_kl(policy, reference, torch.eye(3), None, estimator="forward")
+    torch.testing.assert_close(forward, torch.tensor([math.log(2) / 4]))  # 1/2 ln 2 + 0 - 1/4 ln 2
+    # d KL / d z = pi (ln pi / pi_ref - KL)
+    (gradient,) = torch.autograd.grad(forward, policy)
+    torch.testing.assert_close(gradient, math.log(2) * torch.tensor([[3 / 8, -1 / 16, -5 / 16]]))
+    uneven = torch.log(torch.tensor([[2.0, 1.0, 5.0]])).requires_grad_()  # (1/4, 1/8, 5/8)
+    reverse = token_kl(uneven, reference, torch.eye(3), None, estimator="reverse")
+    by_hand = 0.25 * math.log(1) + 0.25 * math.log(2) + 0.5 * math.log(4 / 5)
+    torch.testing.assert_close(reverse, torch.tensor([by_hand]))
+    (gradient,) = torch.autograd.grad(reverse, uneven)  # pi - pi_ref
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, -1 / 8, 1 / 8]]))
+
+
+class Memory(TorchDispatchMode):
+    """Follows every tensor that is made: the largest one, and how much was alive at once, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.peak = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.dtype.is_floating_point:
+                storage = made.untyped_storage()
+                self._alive[StorageWeakRef(storage)] = storage.nbytes() // made.element_size()
+                self.largest = max(self.largest, self._alive[StorageWeakRef(storage)])
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("what", ["log_probs", "forward", "reverse"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_logits_of_a_chunk_are_the_most_that_is_held(trained: bool, what: str) -> None:
+    """Forward and backward; with four times the tokens no more is held at once than their hidden states are larger."""
+    chunk, vocabulary, width = 16, 4000, 8
+    weight = tensor(vocabulary, width, seed=2, grad=trained)
+
+    def used(num_tokens: int) -> Memory:
+        hidden, ref_hidden = (tensor(num_tokens, width, seed=seed, grad=True) for seed in (1, 4))
+        with Memory() as memory:
+            if what == "log_probs":
+                targets = torch.zeros(num_tokens, dtype=torch.int64)
+                value = selected_log_probs(hidden, weight, None, targets, chunk=chunk)
+            else:
+                value = token_kl(hidden, ref_hidden, weight, None, estimator=what, chunk=chunk)
+            value.sum().backward()
+        return memory
+
+    few, many = used(128), used(512)
+    assert few.largest == many.largest == chunk * vocabulary
+    assert many.peak < 10 * chunk * vocabulary < 512 * vocabulary / 3
+    assert many.peak - few.peak < 10 * (512 - 128) * width
 
 
 @pytest.mark.parametrize("trained", [False, True])

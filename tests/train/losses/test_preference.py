@@ -17,6 +17,7 @@ from equipoise.train.losses.preference import (
     MARGIN_LOSSES,
     PREFERENCE_LOSSES,
     PairLogps,
+    mixed_loss,
     preference_loss,
     sft_loss,
 )
@@ -76,6 +77,44 @@ def logps(chosen_log_ratio: list[float], rejected_log_ratio: list[float], *, gra
 def test_by_hand(name: str, beta: float, options: dict[str, float], expected: list[float]) -> None:
     loss = preference_loss(name, logps([1.0, 0.0], [-1.0, 2.0]), beta, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_safedpo_wants_a_safe_answer_to_win_by_delta() -> None:
+    """Both safe: DPO. Only the rejected one unsafe, Delta = ln 3: beta h - Delta = 0, and -2 ln 3."""
+    pair = logps([1.0, 0.0], [-1.0, 2.0])
+    neither = preference_loss("safedpo", replace(pair, safety_offset=torch.zeros(2)), LN3 / 2)
+    torch.testing.assert_close(neither, preference_loss("sigmoid", pair, LN3 / 2))
+    offset = LN3 * torch.tensor([1, 0])  # (u_l - u_w) Delta
+    mixed = preference_loss("safedpo", replace(pair, safety_offset=offset), LN3 / 2)
+    torch.testing.assert_close(mixed, torch.tensor([LN2, LN4]))
+    both = preference_loss("safedpo", replace(pair, safety_offset=torch.full((2,), LN3)), LN3 / 2)
+    torch.testing.assert_close(both, torch.tensor([LN2, math.log(10)]))
+    # On top of it a category margin, and with a length-normalised h.
+    with_margin = preference_loss(
+        "safedpo", replace(pair, safety_offset=torch.full((2,), LN3 / 2)), LN3 / 2, margin=LN3 / 2
+    )
+    torch.testing.assert_close(with_margin, both)
+    per_token = preference_loss(
+        "safedpo", replace(pair, safety_offset=LN3), LN3 / 0.75, length_normalised=True
+    )
+    torch.testing.assert_close(per_token[0], torch.tensor(LN2))
+
+
+def test_safedpo_pulls_with_beta_until_a_safe_answer_is_far_enough_ahead() -> None:
+    """The limits of d loss / d h: -beta far below Delta, -beta / 2 at it, 0 far above."""
+    h = torch.tensor([0.0, 100.0, 400.0], requires_grad=True)
+    zeros = torch.zeros(3)
+    pair = PairLogps(h, zeros, zeros, zeros, zeros + 1, zeros + 1, safety_offset=10.0)
+    preference_loss("safedpo", pair, 0.1).sum().backward()
+    torch.testing.assert_close(h.grad, torch.tensor([-0.1, -0.05, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_a_mix_is_the_weighted_sum_and_the_margin_reaches_what_has_one() -> None:
+    pair = logps([1.0, 0.0], [-1.0, 2.0])
+    mix = mixed_loss({"sigmoid": 1.0, "apo_zero": 0.5}, pair, LN3, margin=2 * LN3)
+    # beta h - delta = 0, -4 ln 3: sigmoid 1/2, 1/82; apo_zero as by hand above, without the margin.
+    torch.testing.assert_close(mix, torch.tensor([LN2 + 0.25, math.log(82) + 0.7]))
+    assert torch.equal(mixed_loss({"ipo": 1.0}, pair, 0.2), preference_loss("ipo", pair, 0.2))
 
 
 def test_sft_is_the_mean_over_all_chosen_tokens() -> None:
@@ -139,6 +178,7 @@ TRL_LOSSES = [
     ("apo_zero", {}, "apo_zero"),
     ("sigmoid", {"length_normalised": True}, "sigmoid_norm"),
     ("sft", {}, "sft"),
+    ("safedpo", {}, "sigmoid"),  # Delta = 0
 ]
 
 
@@ -228,3 +268,37 @@ def test_loss_and_gradient_are_those_of_trl(
         torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
     ):
         torch.testing.assert_close(mine, its, atol=1e-4 * float(its.abs().max()) + 1e-8, rtol=1e-3)
+
+
+MIXES = [
+    ({"sigmoid": 1.0, "apo_zero": 0.5}, {}, 0.0, False),
+    ({"sigmoid": 0.8, "ipo": 0.2}, {}, 1.0, False),
+    ({"robust": 1.0, "hinge": 0.3}, {"label_smoothing": 0.2}, 0.0, False),
+    ({"sigmoid": 1.0}, {}, 0.7, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "sft_coef", "length_normalised"), MIXES, ids=[str(m[0]) for m in MIXES]
+)
+def test_a_mix_is_that_of_trl(
+    weights: dict[str, float],
+    options: dict[str, float],
+    sft_coef: float,
+    length_normalised: bool,
+    both_ways: BothWays,
+) -> None:
+    """TRL's `loss_type` list with its `loss_weights`."""
+    trainer = both_ways.trl
+    trainer.loss_types = ["sigmoid_norm" if length_normalised else name for name in weights]
+    trainer.loss_weights = list(weights.values())
+    if sft_coef:
+        trainer.loss_types, trainer.loss_weights = (
+            [*trainer.loss_types, "sft"],
+            [*trainer.loss_weights, sft_coef],
+        )
+    theirs = trainer._compute_loss(trainer.model, both_ways.trl_batch, False)
+    logps = both_ways.ours()
+    ours = mixed_loss(weights, logps, 0.1, length_normalised=length_normalised, **options).mean()  # type: ignore[arg-type]
+    ours = ours + sft_coef * sft_loss(logps)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5, abs=1e-5)
