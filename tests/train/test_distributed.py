@@ -32,7 +32,20 @@ OVERRIDES = [
     "stages.safe.category.margin.enabled=true",
     "stages.safe.category.multiplier.enabled=true",
     "stages.safe.category.weight.mode=group_dro",
+    "+stages.sft={kind: sft, num_steps: 3, learning_rate: 1e-3, evaluate: false, weight: {mode: group_dro}}",
+    "+stages.sft.mixture={safety: 0.75, helpful: 0.25}",
+    "+stages.sft.kl={coef: 0.5, on: benign}",
 ]
+
+
+def batch_of(num: int) -> list[str]:
+    """Pairs, answers and benign answers of one rank."""
+    sizes = [
+        "stages.safe.per_device_batch_size",
+        "+stages.sft.per_device_batch_size",
+        "+stages.sft.kl.num_benign",
+    ]
+    return [f"{key}={num}" for key in sizes]
 
 
 def write_pairs(data: SafetyData, path: Path) -> None:
@@ -63,10 +76,10 @@ def test_two_processes_train_as_one_does(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache of one"))
     monkeypatch.chdir(tmp_path)
-    assert cli.main([*common, "output_dir=one", "stages.safe.per_device_batch_size=8"]) == 0
+    assert cli.main([*common, "output_dir=one", *batch_of(8)]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launch, str(ROOT / "train.py"), *common, "output_dir=two", "stages.safe.per_device_batch_size=4"],
+        [*launch, str(ROOT / "train.py"), *common, "output_dir=two", *batch_of(4)],
         env={**os.environ, "EQUIPOISE_CACHE": str(tmp_path / "cache of two"), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -77,24 +90,28 @@ def test_two_processes_train_as_one_does(
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (tmp_path / folder / "dpo" / "seed0" for folder in ("one", "two"))
     alone, together = metrics(one), metrics(two)
-    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["end"]
+    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["sft"] * 3 + ["end"]
     assert len(together) == len(alone)  # one process writes
     for mine, theirs in zip(alone, together, strict=True):
-        counts = {name for name in mine if "num_pairs" in name or "accuracy" in name}
+        counts = {name for name in mine if "/num_" in name or "accuracy" in name}
         assert {name: theirs[name] for name in counts} == {name: mine[name] for name in counts}
         numbers = mine.keys() - {"stage"}
         assert {name: theirs[name] for name in numbers} == pytest.approx(
             {name: mine[name] for name in numbers}, abs=1e-4, rel=1e-4
         )
     assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.05
+    assert alone[7]["train/kl"] > 1e-4
     state_one, state_two = (
         json.loads((d / "stages/safe/category_state.json").read_text()) for d in (one, two)
     )
     for name in ("margin", "weight", "log_multiplier", "error"):
         assert state_two[name] == pytest.approx(state_one[name], abs=1e-5)
-    weights_one, weights_two = (load_file(d / "stages/safe/model/model.safetensors") for d in (one, two))
-    for name, weight in weights_one.items():
-        torch.testing.assert_close(weights_two[name], weight, atol=1e-4, rtol=0)
+    for stage in ("safe", "sft"):
+        weights_one, weights_two = (
+            load_file(d / "stages" / stage / "model" / "model.safetensors") for d in (one, two)
+        )
+        for name, weight in weights_one.items():
+            torch.testing.assert_close(weights_two[name], weight, atol=1e-4, rtol=0)
     references = [
         load_file(next((tmp_path / f"cache of {n}").rglob("*.safetensors"))) for n in ("one", "two")
     ]
