@@ -35,6 +35,8 @@ OVERRIDES = [
     "+stages.sft={kind: sft, num_steps: 3, learning_rate: 1e-3, evaluate: false, weight: {mode: group_dro}}",
     "+stages.sft.mixture={safety: 0.75, helpful: 0.25}",
     "+stages.sft.kl={coef: 0.5, on: benign}",
+    "+stages.cost={kind: cost_model, start_from: base, num_steps: 3, learning_rate: 1e-2, held_out_fraction: 0.3}",
+    "+stages.cost.weight={mode: group_dro}",
 ]
 
 
@@ -44,6 +46,7 @@ def batch_of(num: int) -> list[str]:
         "stages.safe.per_device_batch_size",
         "+stages.sft.per_device_batch_size",
         "+stages.sft.kl.num_benign",
+        "+stages.cost.per_device_batch_size",
     ]
     return [f"{key}={num}" for key in sizes]
 
@@ -90,7 +93,7 @@ def test_two_processes_train_as_one_does(
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (tmp_path / folder / "dpo" / "seed0" for folder in ("one", "two"))
     alone, together = metrics(one), metrics(two)
-    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["sft"] * 3 + ["end"]
+    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["sft"] * 3 + ["cost"] * 4 + ["end"]
     assert len(together) == len(alone)  # one process writes
     for mine, theirs in zip(alone, together, strict=True):
         counts = {name for name in mine if "/num_" in name or "accuracy" in name}
@@ -101,6 +104,8 @@ def test_two_processes_train_as_one_does(
         )
     assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.05
     assert alone[7]["train/kl"] > 1e-4
+    assert alone[10]["train/loss"] < alone[8]["train/loss"] - 0.05
+    assert alone[11]["held_out/num_pairs"] == 6  # an odd number of batches a rank: one repeats a batch
     state_one, state_two = (
         json.loads((d / "stages/safe/category_state.json").read_text()) for d in (one, two)
     )
