@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -245,7 +246,7 @@ def _write_full(
         "var": [card.std**2],
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_torch_state_dict(whole, folder)  # in shards where it is large
 
 
 def _load_adapter(
