@@ -17,9 +17,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from equipoise.data.files import write_aside
 from equipoise.train.category_terms import CategoryTerms
+from equipoise.train.completion_head import add_completion_head
+from equipoise.train.group_log_probs import grouped, pays, shared_log_probs
 from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
+from equipoise.train.pairs import can_share_prompt
 from equipoise.train.recipe_rl import GRPOStageConfig
 from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
@@ -31,7 +34,17 @@ OUTCOMES = (Outcome.CORRECT, Outcome.ABSTAINED, Outcome.WRONG)
 COST = "cost"
 """The reward function whose values are costs; its weight is its category's multiplier."""
 
-ANSWER_COLUMNS = ("slot", "category", "outcome", "num_tokens", "truncated", "empty", "not_finite", "flat", "total")
+ANSWER_COLUMNS = (
+    "slot",
+    "category",
+    "outcome",
+    "num_tokens",
+    "truncated",
+    "empty",
+    "not_finite",
+    "flat",
+    "total",
+)
 """Known of an answer once it is sampled and rewarded."""
 TOKEN_COLUMNS = ("num_trained", "kl_sum", "entropy_sum", "clipped_sum")
 """Summed over the tokens of an answer that are trained on, in the forward pass of a step."""
@@ -64,6 +77,8 @@ class VerifiableTrainer(GRPOTrainer):
         self._rewards = torch.empty(0)
         self._answers: dict[str, Tensor] = {}
         self._token_log_probs: tuple[Tensor, Tensor] | None = None
+        self._can_share = False
+        """Whether the model takes rows that answers share."""
         self._table = StepTable((*ANSWER_COLUMNS, *self.reward_names, *TOKEN_COLUMNS))
         super().__init__(
             model=model,
@@ -72,6 +87,10 @@ class VerifiableTrainer(GRPOTrainer):
             reward_funcs=[self._finite(name, function) for name, function in rewards.items()],
             **kwargs,
         )
+        add_completion_head(self.model)
+        if self.ref_model is not None:
+            add_completion_head(self.accelerator.unwrap_model(self.ref_model))
+        self._can_share = self.temperature == 1.0 and can_share_prompt(self.model, self._tokenizer)
 
     # ---- sampling and rewards ---------------------------------------------------------------------------------
 
@@ -83,9 +102,7 @@ class VerifiableTrainer(GRPOTrainer):
             self._not_finite[name] = [
                 value is not None and not torch.isfinite(torch.tensor(value)).item() for value in values
             ]
-            return [
-                None if bad else value for value, bad in zip(values, self._not_finite[name], strict=True)
-            ]
+            return [None if bad else value for value, bad in zip(values, self._not_finite[name], strict=True)]
 
         finite.__name__ = name
         return finite
@@ -167,11 +184,57 @@ class VerifiableTrainer(GRPOTrainer):
     # ---- loss -------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-        """TRL's; the values are kept for the metrics of the step."""
-        log_probs, entropies, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        """TRL's, with the prompt encoded once a group where that pays; kept for the metrics of the step."""
+        log_probs, entropies, aux = self._shared(
+            *args, **kwargs
+        ) or super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if entropies is not None:
             self._token_log_probs = log_probs.detach(), entropies.detach()
         return log_probs, entropies, aux
+
+    def _shared(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, None] | None:
+        """The same from shared rows, `batch_size` answers at a time; None where that is not possible or does not pay.
+
+        Only at temperature 1, where the policy's own log-probabilities are those of the sampling.
+        """
+        if not self._can_share or kwargs.get("compute_aux_loss"):
+            return None
+        size = batch_size or len(input_ids)
+        chunks = [
+            (ids, *grouped(ids, mask, logits_to_keep))
+            for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        ]
+        mine = all(pays(blocks, ids.numel()) for ids, blocks, _ in chunks)
+        # Ranks have to call the model alike, or sharded parameters wait for one another for ever.
+        if not bool(self.accelerator.gather(torch.tensor([mine], device=input_ids.device)).all()):
+            return None
+        base = self.accelerator.unwrap_model(model)
+        found = []
+        for ids, blocks, rows in chunks:
+            with self.accelerator.autocast():
+                found.append(
+                    shared_log_probs(
+                        model,
+                        base,
+                        blocks,
+                        rows,
+                        (len(ids), logits_to_keep),
+                        self._tokenizer.pad_token_id,
+                        entropy=compute_entropy,
+                    )
+                )
+        log_probs = torch.cat([values for values, _ in found])
+        entropies = torch.cat([e for _, e in found if e is not None]) if compute_entropy else None
+        return log_probs, entropies, None
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss of a microbatch; the answers' values are kept for the step's metrics."""

@@ -179,11 +179,14 @@ Block = tuple[list[int], list[list[int]]]
 """A prompt and the answers that share it, as token ids."""
 
 
-def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bool) -> dict[str, Tensor]:
+def collate_blocks(
+    blocks: Sequence[Block], pad_token_id: int, *, share_rows: bool, parts: int = PARTS
+) -> dict[str, Tensor]:
     """Blocks in rows, several in one where `share_rows`; the answers are numbered through, S of them with N tokens.
 
     input_ids, position_ids, segment (R, T); completion_index, completion_targets, completion_sequence (N,); lengths
-    (S,): each answer's tokens; end_index (S,): its last one, in the flattened (R * T).
+    (S,): each answer's tokens; end_index (S,): its last one, in the flattened (R * T). parts: segments a block, one
+    more than its answers; `pair_attention_mask` has to be told.
     """
     answers_of = [ids for _, answers in blocks for ids in answers]  # by sequence
     first, num_sequences = [], 0  # sequence of each block's first answer
@@ -205,13 +208,13 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
             behind_prompt = start + len(prompt)
             input_ids[i, start:behind_prompt] = torch.tensor(prompt)
             position_ids[i, start:behind_prompt] = torch.arange(len(prompt))
-            segment[i, start:behind_prompt] = PARTS * place
+            segment[i, start:behind_prompt] = parts * place
             start = behind_prompt
             for part, ids in enumerate(answers, start=1):
                 end = start + len(ids)
                 input_ids[i, start:end] = torch.tensor(ids)
                 position_ids[i, start:end] = torch.arange(len(prompt), len(prompt) + len(ids))
-                segment[i, start:end] = PARTS * place + part
+                segment[i, start:end] = parts * place + part
                 # The prompt's last token predicts the first token of either answer.
                 predictors = torch.cat([torch.tensor([behind_prompt - 1]), torch.arange(start, end - 1)])
                 index[first[block] + part - 1] = i * width + predictors
@@ -230,7 +233,7 @@ def collate_blocks(blocks: Sequence[Block], pad_token_id: int, *, share_rows: bo
     }
 
 
-def pair_attention_mask(segment: Tensor) -> Tensor:
+def pair_attention_mask(segment: Tensor, parts: int = PARTS) -> Tensor:
     """Boolean mask (R, 1, T, T), True = may attend, from segment (R, T).
 
     Segment 3k is the prompt of a row's k-th pair, 3k + 1 and 3k + 2 its answers, -1 padding. Causal; an answer sees
@@ -239,7 +242,7 @@ def pair_attention_mask(segment: Tensor) -> Tensor:
     num_tokens = segment.shape[1]
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
     query, key = segment[:, :, None], segment[:, None, :]
-    own_prompt = PARTS * (query // PARTS)
+    own_prompt = parts * (query // parts)
     mask = causal & ((key == query) | (key == own_prompt)) & (query >= 0)
     mask |= torch.eye(num_tokens, dtype=torch.bool, device=segment.device)
     return mask[:, None]

@@ -104,7 +104,9 @@ def _check_rewards(path: str, stage: GRPOStageConfig, problems: Problems) -> Non
         if name in REWARDS:
             at_least(0, f"{path}.rewards.{name}", weight, problems)
         elif name == "cost":
-            problems.add(f"{path}.rewards.cost", f"its weight is its multiplier: set {path}.cost.model instead")
+            problems.add(
+                f"{path}.rewards.cost", f"its weight is its multiplier: set {path}.cost.model instead"
+            )
         else:
             problems.unknown(f"{path}.rewards.{name}", name, REWARDS)
     if not any(weight > 0 for weight in stage.rewards.values()):
@@ -143,7 +145,9 @@ def _check_cost(
     if cost.model is not None:
         stage = earlier.get(cost.model)
         if stage is not None and not isinstance(stage, CostModelStageConfig):
-            problems.add(f"{path}.model", f"found {cost.model!r}, a stage of kind {stage.kind}, not cost_model")
+            problems.add(
+                f"{path}.model", f"found {cost.model!r}, a stage of kind {stage.kind}, not cost_model"
+            )
         elif stage is None and cost.model in recipe.stages:
             problems.add(f"{path}.model", f"found {cost.model!r}, a stage that does not come before this one")
         elif stage is None and not Path(cost.model).expanduser().is_dir():

@@ -54,7 +54,9 @@ def stage_tasks(stage: GRPOStageConfig, data: SafetyData, seed: int) -> StageTas
         else:
             tasks, others = _prompts(data.helpful_pairs if subset == HELPFUL else data.safety_pairs), []
         if not tasks:
-            raise DataError(f"mixture.{subset} has a share of {stage.mixture[subset]}, but no task is left to train on")
+            raise DataError(
+                f"mixture.{subset} has a share of {stage.mixture[subset]}, but no task is left to train on"
+            )
         training[subset] = told(tasks, stage)
         held_out += told(others, stage)
     found = StageTasks(training, held_out)

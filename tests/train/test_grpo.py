@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
-from equipoise.train.losses.group_rewards import normalised
+from equipoise.train import grpo_trainer
 from equipoise.train.recipe import DataConfig, EvaluationConfig, LoraConfig, ModelConfig, Recipe
 from equipoise.train.recipe_rl import ArithmeticConfig, GRPOStageConfig
 from equipoise.train.recipe_stages import WeightConfig
@@ -20,8 +20,6 @@ from equipoise.train.rewards import verifiable
 from equipoise.train.stages import grpo
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.training import STATE_FILE, TrainingError
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*copy construct from a tensor:UserWarning")
 
 
 def make_stage(**keys: Any) -> GRPOStageConfig:
@@ -47,6 +45,7 @@ class Trained:
     metrics: list[dict[str, float]]
     said: list[str]
     folder: Path
+    base: Path
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -98,7 +97,7 @@ def train_grpo(tmp_path: Path, tiny_model_folder: Path, make_data: Callable[...,
             **options,
         )
         result = grpo.run_grpo("rl", stage, str(tiny_model_folder), context)
-        return Trained(result, metrics, said, context.stage_dir("rl"))
+        return Trained(result, metrics, said, context.stage_dir("rl"), tiny_model_folder)
 
     return run
 
@@ -121,3 +120,178 @@ def test_three_steps_leave_a_model_facts_and_metrics_of_every_category(train_grp
     before, after = (m for m in trained.metrics if "tasks/score" in m)
     assert (before["step"], after["step"]) == (0, 3)
     assert before["tasks/wrong_rate_low"] <= before["tasks/wrong_rate"] <= before["tasks/wrong_rate_high"]
+
+
+def reward_by(monkeypatch: pytest.MonkeyPatch, rule: Callable[[str], float | None]) -> None:
+    """Make `numeric_answer` reward a completion's text by the test's rule."""
+
+    def rewards(*, completions: Any, **columns: Any) -> list[float | None]:
+        return [rule(verifiable.completion_text(completion)) for completion in completions]
+
+    monkeypatch.setattr(grpo, "numeric_answer", rewards)
+
+
+ONE_REWARD = {"numeric_answer": 1.0}
+
+
+def test_what_is_rewarded_becomes_likelier(train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward_by(monkeypatch, lambda text: float(sum(not c.isalnum() for c in text)))
+    stage = make_stage(
+        rewards=ONE_REWARD,
+        num_steps=8,
+        learning_rate=5e-2,
+        per_device_batch_size=16,
+        num_generations=8,
+        beta=0.0,
+    )
+    rewards = [step["train/reward_numeric_answer"] for step in train_grpo(stage).steps]
+    print(rewards)
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 1
+
+
+def test_advantages_are_trls_normalise_then_sum(
+    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rewards and one of them missing at times: TRL's own advantages, but for its 1e-4 under a group's spread."""
+    reward_by(monkeypatch, lambda text: float(len(text)) if len(text) % 3 else None)
+    seen: list[tuple[Tensor, Tensor]] = []
+    ours = grpo.VerifiableTrainer._generate_and_score_completions
+    trls = grpo.VerifiableTrainer.__mro__[1]._generate_and_score_completions  # type: ignore[attr-defined]
+
+    def keeping(self: Any, inputs: Any) -> Any:
+        output = trls(self, inputs)
+        seen.append((output["advantages"].clone(), torch.empty(0)))
+        return output
+
+    def compared(self: Any, inputs: Any) -> Any:
+        output = ours(self, inputs)
+        seen[-1] = (seen[-1][0], output["advantages"].clone())
+        return output
+
+    monkeypatch.setattr(grpo.VerifiableTrainer.__mro__[1], "_generate_and_score_completions", keeping)
+    monkeypatch.setattr(grpo.VerifiableTrainer, "_generate_and_score_completions", compared)
+    stage = make_stage(
+        rewards={"numeric_answer": 1.0, "answer_format": 0.5}, format_pattern=r".*[a-z].*", num_generations=8
+    )
+    train_grpo(stage)
+    assert len(seen) == 3
+    for theirs, mine in seen:
+        assert float(mine.abs().max()) > 0.5
+        assert torch.allclose(theirs, mine, atol=2e-3)
+
+
+def test_bad_rewards_and_empty_answers_are_counted_and_teach_nothing(
+    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10**6))
+    kinds = [float("nan"), float("inf"), None, 1.0, 1.0, 1.0, 1.0, 1.0]  # the second group is flat
+    reward_by(monkeypatch, lambda text: kinds[next(calls) % 8])
+    trained = train_grpo(make_stage(rewards=ONE_REWARD, beta=0.0, num_steps=2))
+    for step in trained.steps:
+        assert step["train/num_not_finite"] == 2
+        assert step["train/num_unscored_numeric_answer"] == 3
+        assert (
+            step["train/num_flat_groups"] == 2
+        )  # the first has one answer left, which nothing compares with
+        assert step["train/reward"] == 1
+    untouched = AutoModelForCausalLM.from_pretrained(trained.result.model_folder).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(trained.base).state_dict()
+    assert all(torch.equal(untouched[name], base[name]) for name in base)
+
+
+def test_an_answer_without_a_token_becomes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = object.__new__(grpo.VerifiableTrainer)
+    trainer.eos_token_ids = [2, 7]
+    monkeypatch.setattr(
+        grpo.VerifiableTrainer.__mro__[1],
+        "_generate_single_turn",
+        lambda self, *args: ([[5, 2], []], [[-0.5, -0.1], []]),
+    )
+    assert trainer._generate_single_turn() == ([[5, 2], [2]], [[-0.5, -0.1], [None]])
+
+
+def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(train_grpo: TrainGRPO) -> None:
+    stage = make_stage(num_steps=4, save_every=2, weight=WeightConfig(mode="group_dro", eta=1.0))
+    whole = train_grpo(stage, run="whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_grpo(stage, run="parts", interrupt_at=3)
+    parts = train_grpo(stage, run="parts")
+    assert [s["step"] for s in parts.steps] == [3, 4]
+    for name, weight in whole.weights.items():
+        assert torch.equal(parts.weights[name], weight), name
+    assert parts.steps[-1] == whole.steps[-1]
+    assert parts.result.facts["tasks_before"] == whole.result.facts["tasks_before"]
+    assert sum("before" in line for line in parts.said) == 0  # not asked again
+    state = (parts.folder / STATE_FILE).read_text()
+    assert json.loads(state) == json.loads((whole.folder / STATE_FILE).read_text())
+
+
+def test_category_weights_follow_the_rewards(train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rewards(*, completions: Any, category: Any, **columns: Any) -> list[float | None]:
+        return [float(name == "addition_1") + 0.01 * i for i, name in enumerate(category)]
+
+    monkeypatch.setattr(grpo, "numeric_answer", rewards)
+    trained = train_grpo(make_stage(rewards=ONE_REWARD, weight=WeightConfig(mode="group_dro", eta=1.0)))
+    last = trained.steps[-1]
+    assert last["category/weight/unanswerable"] > 1.5 > 0.7 > last["category/weight/addition_1"]
+
+
+def test_answers_are_used_again_and_ratios_are_clipped(train_grpo: TrainGRPO) -> None:
+    stage = make_stage(
+        num_steps=4, num_iterations=2, epsilon=1e-4, learning_rate=1e-2, rewards={"response_length": 1.0}
+    )
+    stage = replace(stage, length_limit=1)
+    steps = train_grpo(stage).steps
+    assert [s["train/num_tokens"] for s in steps[0::2]] == [s["train/num_tokens"] for s in steps[1::2]]
+    assert steps[0]["train/clip_rate"] == 0
+    assert any(s["train/clip_rate"] > 0 for s in steps)
+    assert steps[-1]["train/kl"] > 0
+
+
+def test_full_fine_tuning_has_the_starting_model_as_reference(train_grpo: TrainGRPO) -> None:
+    trained = train_grpo(make_stage(num_steps=2), lora=False)
+    assert trained.steps[0]["train/kl"] == pytest.approx(0, abs=1e-6)
+    assert not (trained.folder / "adapter").exists()
+
+
+def test_what_cannot_be_trained_on_is_said_before_it_starts(train_grpo: TrainGRPO) -> None:
+    with pytest.raises(TrainingError, match="8 answers .* which num_generations=3 does not divide"):
+        train_grpo(make_stage(num_generations=3))
+    with pytest.raises(DataError, match="judge_verdict applies to none of 8 tasks"):
+        train_grpo(make_stage(rewards={"judge_verdict": 1.0}))
+    with pytest.raises(
+        DataError, match="32 of 40 tasks have no reward at all|of .* tasks have no reward at all"
+    ):
+        train_grpo(make_stage(mixture={"arithmetic": 0.5, "safety": 0.5}))
+    with pytest.raises(DataError, match="none of 8 tasks of arithmetic leaves room for 250 tokens"):
+        train_grpo(make_stage(max_completion_length=250))
+
+
+def test_a_judge_rewards_the_datas_prompts(train_grpo: TrainGRPO, make_judge: Any) -> None:
+    judge = make_judge(lambda prompt, response: len(response) % 2 == 0)
+    stage = make_stage(
+        mixture={"arithmetic": 0.5, "safety": 0.25, "helpful": 0.25},
+        rewards={"calibrated_abstention": 1.0, "judge_verdict": 1.0},
+        per_device_batch_size=16,
+    )
+    trained = train_grpo(stage, load_judge=lambda: judge)
+    assert judge.num_judged > 0
+    for step in trained.steps:
+        assert step["train/num_unscored_calibrated_abstention"] == 8
+        assert step["train/num_unscored_judge_verdict"] == 8
+    assert "S1" in {
+        k.rsplit("/", 1)[1] for s in trained.steps for k in s if k.startswith("train/reward_judge")
+    }
+
+
+def test_shared_rows_train_like_rows_of_their_own(
+    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = make_stage(num_steps=2)
+    shared = train_grpo(stage, run="shared")
+    monkeypatch.setattr(grpo_trainer, "can_share_prompt", lambda model, tokenizer: False)
+    apart = train_grpo(stage, run="apart")
+    for mine, theirs in zip(shared.steps, apart.steps, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    for name, weight in apart.weights.items():
+        assert torch.allclose(shared.weights[name], weight, atol=1e-4), name

@@ -69,6 +69,24 @@ def token_kl(
     return _FrozenHeadKL.apply(hidden, ref_hidden, weight, bias, ref_weight, scale, softcap, estimator, chunk)
 
 
+@torch.no_grad()
+def token_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Entropy -sum_v pi log pi of the next token at each position, nats: hidden (N, H) -> (N,) fp32, no gradient."""
+    parts = []
+    for h in hidden.split(chunk):
+        log_p = _logits(h, weight, bias, scale, softcap).log_softmax(-1)
+        parts.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(parts) if parts else _no_tokens(hidden)
+
+
 def _no_tokens(hidden: Tensor) -> Tensor:
     """An empty result that still hangs on the graph, so that a rank without tokens can call backward."""
     return hidden.sum(-1).float()

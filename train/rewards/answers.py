@@ -89,7 +89,9 @@ def numbers(text: str) -> list[Fraction]:
     """
     if len(text) > MAX_CHARACTERS:
         text = text[-MAX_CHARACTERS:]
-    text = text.replace("−", "-").replace("\\$", "$").replace("\\!", "").replace("\\,", "").replace("{,}", ",")
+    text = (
+        text.replace("−", "-").replace("\\$", "$").replace("\\!", "").replace("\\,", "").replace("{,}", ",")
+    )
     text = _LATEX_FRACTION.sub(r" \1/\2", text)
     found = []
     position = 0

@@ -38,7 +38,8 @@ class JudgeVerdict:
             for text, name in zip(texts, category, strict=True)
         ]
         asked = [
-            i for i, (text, name) in enumerate(zip(texts, category, strict=True))
+            i
+            for i, (text, name) in enumerate(zip(texts, category, strict=True))
             if name in self.judged and text.strip()
         ]
         judgements = self.judge.judge([prompts[i] for i in asked], [texts[i] for i in asked]) if asked else []
@@ -65,9 +66,7 @@ class Cost:
         self.scorer, self.tokenizer, self.batch_size, self.ends = scorer, tokenizer, batch_size, set(ends)
 
     @torch.no_grad()
-    def __call__(
-        self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[Reward]:
+    def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Reward]:
         """One cost a completion, in nats of the cost model's log-odds."""
         rows = [
             cut_behind_end(

@@ -39,9 +39,7 @@ def numeric_answer(
     ]
 
 
-def exact_answer(
-    *, completions: Sequence[Any], answer: Sequence[str | None], **columns: Any
-) -> list[Reward]:
+def exact_answer(*, completions: Sequence[Any], answer: Sequence[str | None], **columns: Any) -> list[Reward]:
     """1 where the answer reads as the reference does, but for case, spacing and quotes; else 0. `12.0` is not `12`."""
     rewards: list[Reward] = []
     for completion, expected in zip(completions, answer, strict=True):

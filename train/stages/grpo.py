@@ -241,7 +241,9 @@ def _arguments(stage: GRPOStageConfig, recipe: Recipe, folder: Path, num_steps: 
         epsilon_high=stage.epsilon_high,
         loss_type=stage.loss_type,
         mask_truncated_completions=stage.mask_truncated,
-        multi_objective_aggregation="normalize_then_sum",  # ours replaces it: see `losses/group_rewards.py`
+        # TRL's own advantages are these, but for flat groups and the cost; `losses/group_rewards.py` replaces them.
+        multi_objective_aggregation="normalize_then_sum",
+        reward_weights=[*stage.rewards.values(), *([0.0] if stage.cost.model is not None else [])],
         use_vllm=stage.vllm.enabled,
         vllm_mode="server",
         vllm_server_base_url=stage.vllm.url,
