@@ -68,7 +68,9 @@ class Scorer(nn.Module):
         """
         super().__init__()
         self.backbone = backbone
-        self.config = base_causal_lm(backbone).config
+        base = base_causal_lm(backbone)
+        self.config = base.config
+        self._no_split_modules = base._no_split_modules  # what FSDP wraps
         self.card = card
         if head is None:
             head = nn.Linear(self.config.get_text_config().hidden_size, 1, bias=False)

@@ -18,6 +18,7 @@ from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe_stages import CostModelStageConfig, RewardModelStageConfig, WeightConfig
 from equipoise.train.scorer import load_scorer
 from equipoise.train.scorer_card import read_card
+from equipoise.train.scorer_pairs import split_by_prompt
 from equipoise.train.stages.scorer import run_cost_model, run_reward_model
 
 FULL = {"lora": LoraConfig(enabled=False)}
@@ -174,6 +175,19 @@ def test_held_out_pairs_are_not_trained_on(train_stage: Any) -> None:
     assert 0 <= value["low"] < value["rate"] <= value["high"] <= 1
     assert [m["step"] for m in trained.metrics if "held_out/loss" in m] == [2, 4, 5]
     assert any("held-out pairs: accuracy" in line for line in trained.said)
+
+
+def test_a_category_may_be_held_out_altogether(
+    train_stage: Any, make_data: Callable[..., SafetyData]
+) -> None:
+    """Its only prompt is one that another category holds out."""
+    data = make_data()
+    _, held_out = split_by_prompt(data.safety_pairs, 0.25, seed=0)
+    shared = next(pair for pair in held_out if pair.category == "S1")
+    data.safety_pairs.append(replace(shared, id="twin", category="S13"))
+    trained = train_stage(reward_stage(mixture={"safety": 1.0}), runner=run_reward_model, data=data)
+    assert trained.result.facts["held_out"]["S13"]["accuracy"]["num"] == 1
+    assert not any("train/loss/S13" in m for m in trained.metrics)
 
 
 def test_nothing_held_out(train_stage: Any) -> None:

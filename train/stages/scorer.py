@@ -65,7 +65,10 @@ def _train_scorer(
     too_long, held_out_rows = list(encoded.too_long), None
     if held_out:
         encoded_held_out = encode_pairs(held_out, tokenizer, recipe.data.max_length)
-        held_out_rows = _indexed(scorer_rows(stage, encoded_held_out.dataset, ends), names)
+        held_out_rows = scorer_rows(stage, encoded_held_out.dataset, ends)
+        # A category whose only prompt is held out because another category shares it.
+        names = [*names, *sorted(set(held_out_rows["category"]) - set(names))]
+        held_out_rows = _indexed(held_out_rows, names)
         too_long += encoded_held_out.too_long
     if too_long:
         context.say(
@@ -160,8 +163,8 @@ def _rates(trainer: ScorerTrainer, table: Mapping[str, Tensor]) -> dict[str, dic
     for rate, (right, category) in trainer.outcomes(table).items():
         of = {"all": torch.ones_like(category, dtype=torch.bool)}
         of |= {name: category == i for i, name in enumerate(trainer.category_names)}
-        for name, chosen in of.items():
-            num, count = int(chosen.sum()), int(right[chosen].sum())
+        for name, mask in of.items():
+            num, count = int(mask.sum()), int(right[mask].sum())
             if num:
                 low, high = wilson_interval(count, num)
                 found.setdefault(name, {})[rate] = {"rate": count / num, "num": num, "low": low, "high": high}
