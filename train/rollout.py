@@ -211,11 +211,17 @@ def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Te
     """
     base = base_of(model)
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    parts = {
+        f"{name}.{part}"
+        for name, module in adapted.items()
+        for part, _ in module.named_parameters()
+        if not part.startswith("base_layer.")
+    }
     for name, weight in base.named_parameters():
-        owner, _, rest = name.partition(".base_layer.")
-        if owner in adapted and not rest:
-            continue  # a part of the adapter
-        if rest == "weight":
+        if name in parts:
+            continue
+        owner = name.removesuffix(".base_layer.weight")
+        if owner in adapted:
             layer = adapted[owner]
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
