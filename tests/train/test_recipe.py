@@ -13,12 +13,12 @@ from equipoise.train.losses.preference import MARGIN_LOSSES, PREFERENCE_LOSSES
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_checks import LOSSES
 from equipoise.train.recipe_checks import MARGIN_LOSSES as CHECKED_MARGIN_LOSSES
-from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe_loading import STAGES, load_recipe
 from equipoise.train.recipe_stage_checks import SCHEDULERS
 from equipoise.train.recipe_stages import PreferenceStageConfig, TokenBiasStageConfig
 
 RECIPES_FOLDER = Path(equipoise.recipes.__path__[0])
-RECIPES = ("category_dro", "category_lambda", "category_margin", "dpo", "tsdi")
+RECIPES = sorted(path.stem for path in RECIPES_FOLDER.glob("recipe/*.yaml"))
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -214,7 +214,7 @@ def test_gate_rules_are_checked_by_the_gate_itself() -> None:
 
 
 STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
-    ({"kind": "sft"}, "kind", "found 'sft', possible: preference, token_bias"),
+    ({"kind": "sfft"}, "kind", "found 'sfft', did you mean 'sft'? possible: sft, preference"),
     ({"kind": None}, "kind", "found 'None', possible"),
     ({"kind": ["preference"]}, "kind", "found \"['preference']\", did you mean"),
     ({"mixture": {"harm": 1}}, "mixture.harm", "unknown key; possible: safety, helpful"),
@@ -223,6 +223,18 @@ STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
     ({"mixture": {"safety": "x"}}, "mixture", "found {'safety': 'x'}, expected names with a number each"),
     ({"lam": -1}, "lam", "found -1.0, expected a number above 0"),
     ({"loss": {"label_smoothing": 0.1}}, "loss.label_smoothing", "found 0.1, but only the loss 'robust'"),
+    ({"loss": {"mix": {"apo": 1}}}, "loss.mix.apo", "unknown key; did you mean 'ipo' or 'safedpo'? possible"),
+    ({"loss": {"mix": {"sft": 0.5}}}, "loss.mix.sft", "the SFT term has a key of its own"),
+    ({"loss": {"mix": {"sigmoid_norm": 1}}}, "loss.mix.sigmoid_norm", "TRL's sigmoid_norm is sigmoid with"),
+    ({"loss": {"mix": {"ipo": -1}}}, "loss.mix.ipo", "found -1.0, expected at least 0"),
+    ({"loss": {"mix": {"sigmoid": 0}}}, "loss.mix", "every loss has the weight 0"),
+    ({"loss": {"delta": 3}}, "loss.delta", "found 3.0, but only the loss 'safedpo' reads it"),
+    ({"loss": {"name": "safedpo", "delta": -1}}, "loss.delta", "found -1.0, expected at least 0"),
+    (
+        {"loss": {"name": "safedpo", "unlabelled": "keep"}},
+        "loss.unlabelled",
+        "found 'keep', possible: error, drop",
+    ),
     (
         {"loss": {"name": "ipo"}, "category": {"margin": {"enabled": True}}},
         "category.margin.enabled",
@@ -238,7 +250,17 @@ STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
     ({"kl": {"estimator": "exact"}}, "kl.estimator", "found 'exact', possible: forward, reverse, k3"),
     ({"kl": {"per_category": {"S15": 1}}}, "kl.per_category.S15", "unknown key; did you mean"),
     ({"kl": {"coef": 1, "on": "helpful"}}, "kl.on", "found 'helpful', but the stage's mixture has no"),
-    ({"token_bias": {"pool": "letters"}}, "token_bias.pool", "found 'letters', possible: vocabulary, words, file"),
+    ({"kl": {"on": "benine"}}, "kl.on", "found 'benine', did you mean 'benign'?"),
+    (
+        {"kl": {"on": "benign", "per_category": {"S1": 1}}},
+        "kl.per_category.S1",
+        "stages.safe.kl.on=benign penalises answers to harmless prompts alone; set stages.safe.kl.coef instead",
+    ),
+    (
+        {"token_bias": {"pool": "letters"}},
+        "token_bias.pool",
+        "found 'letters', possible: vocabulary, words, file",
+    ),
     ({"num_steps": 0}, "num_steps", "found 0, expected at least 1"),
     ({"learning_rate": 0}, "learning_rate", "found 0.0, expected a number above 0"),
     ({"lr_scheduler": "cosin"}, "lr_scheduler", "found 'cosin', did you mean 'cosine'?"),
@@ -276,10 +298,41 @@ def test_an_impossible_token_bias_stage_is_named(change: Mapping[str, object], k
     assert found[f"stages.tsdi.{key}"].startswith(reason), found
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "reason"),
+    [
+        ({"weight": {"mode": "dro"}}, "weight.mode", "found 'dro', possible: none, group_dro"),
+        ({"kl": {"coef": -1}}, "kl.coef", "found -1.0, expected at least 0"),
+        ({"mixture": {"safety": 0}}, "mixture", "every share is 0"),
+        ({"loss": {"name": "ipo"}}, "loss", "unknown key; possible: kind"),
+    ],
+)
+def test_an_impossible_sft_stage_is_named(change: Mapping[str, object], key: str, reason: str) -> None:
+    found = minimal_problems(stages={"safe": {"kind": "sft", **change}})
+    assert list(found) == [f"stages.safe.{key}"]
+    assert found[f"stages.safe.{key}"].startswith(reason), found
+
+
+def test_losses_are_mixed_on_the_command_line() -> None:
+    weights = (
+        loaded("recipe=dpo", "loss=safedpo", "+loss.mix.apo_zero=0.5", "loss.delta=5")
+        .stages["safe"]
+        .loss.weights
+    )
+    assert weights == {"safedpo": 1.0, "apo_zero": 0.5}
+    assert loaded("recipe=dpo", "+loss.mix={sigmoid: 0.8, ipo: 0.2}").loss.weights == {
+        "sigmoid": 0.8,
+        "ipo": 0.2,
+    }
+    mixed = {"kind": "preference", "loss": {"name": "ipo", "mix": {"sigmoid": 1}}}
+    margin = {"category": {"margin": {"enabled": True}}}
+    load_recipe(minimal(stages={"safe": mixed | margin}))  # sigmoid has a margin, ipo none
+
+
 def test_stages_are_required_and_start_with_training() -> None:
     assert minimal_problems(stages={})["stages"].startswith("found {}, expected at least one stage")
     assert minimal_problems(stages="safe")["stages"].startswith("found 'safe', expected at least one stage")
-    assert "possible: preference, token_bias" in minimal_problems(stages={"a": {}})["stages.a.kind"]
+    assert f"possible: {', '.join(STAGES)}" in minimal_problems(stages={"a": {}})["stages.a.kind"]
     found = minimal_problems(stages={"tsdi": {"kind": "token_bias"}})
     assert found == {"stages.tsdi": "a token_bias stage measures the stage before it, so it can't come first"}
 
