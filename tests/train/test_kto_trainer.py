@@ -158,6 +158,7 @@ def test_a_stage_from_folder_to_folder(train_kto: Any) -> None:
     assert AutoModelForCausalLM.from_pretrained(trained.result.model_folder).num_parameters() > 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(train_kto: Any) -> None:
     stage = make_kto(
         save_every=2,
