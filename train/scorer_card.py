@@ -125,8 +125,8 @@ def _merged(folder: Path, ours: Mapping[str, Any], config: Mapping[str, Any], ad
         )
     mean, std = ours.get("mean", 0.0), ours.get("std", 1.0)
     if not ours and config.get("do_normalize"):
-        mean = config["mean"][0] if kind == "reward" else 0.0
-        std = config["var"][0] ** 0.5
+        mean = (config.get("mean") or [0.0])[0] if kind == "reward" else 0.0
+        std = (config.get("var") or [1.0])[0] ** 0.5
     if not std > 0:
         raise ScorerError(f"{folder}: the scores' standard deviation is {std!r}, expected a number above 0.")
     if adapter and not ours.get("backbone"):

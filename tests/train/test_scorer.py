@@ -220,6 +220,14 @@ def test_pkus_layout_loads(
     )
 
 
+def test_a_published_model_without_statistics_is_not_normalised(
+    tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_pku(tmp_path / "pku", tiny_model, tiny_tokenizer, do_normalize=True, mean=None, var=None)
+    card = read_card(tmp_path / "pku")
+    assert (card.mean, card.std) == (0.0, 1.0)
+
+
 def test_a_folder_that_names_itself_wrongly_is_put_right(
     tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
