@@ -24,9 +24,9 @@ from equipoise.train.losses.log_probs import selected_log_probs
 class CompletionOutput(ModelOutput):
     """What the completion forward returns."""
 
-    log_probs: Tensor | None = None
+    log_probs: Tensor = None  # type: ignore[assignment]  # ModelOutput wants defaults
     """(N,) fp32: log-probability of each completion token."""
-    hidden: Tensor | None = None
+    hidden: Tensor = None  # type: ignore[assignment]
     """(N, H): the states behind them, for KL terms."""
 
 

@@ -86,12 +86,8 @@ class KLPenalty:
         self, model: nn.Module, batch: dict[str, Any], outputs: CompletionOutput, every: int = 1
     ) -> Tensor:
         """Mean KL a token of every `every`-th answer of a collated batch, (S / every,), >= 0 up to rounding."""
-        assert outputs.hidden is not None
-        assert outputs.log_probs is not None
         counted = batch["completion_sequence"] % every == 0
         ref = self._reference.outputs(model, model_inputs(batch))
-        assert ref.hidden is not None
-        assert ref.log_probs is not None
         if self.config.estimator == "k3":
             per_token = k3(outputs.log_probs[counted], ref.log_probs[counted])
         else:
