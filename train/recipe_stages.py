@@ -161,6 +161,10 @@ class SFTStageConfig(MixtureConfig):
 
     kind: str = "sft"
     """sft: what makes this a stage of supervised fine-tuning."""
+    tasks_of: str | None = None
+    """A grpo stage whose tasks are answered here, in place of the mixture's pairs: a warm-up on the form of answers."""
+    abstention_rate: float = 0.25
+    """tasks_of: share of the tasks with an answer that "I don't know" is given to, so that sampling finds both."""
     weight: WeightConfig = field(default_factory=WeightConfig)
     """Category weights; frequencies and losses are counted in answer tokens."""
     kl: KLConfig = field(default_factory=KLConfig)
@@ -293,5 +297,7 @@ class TokenBiasStageConfig(StageConfig):
     """Correct only tokens at least this share as probable as the most probable one; 0: all."""
     batch_size: int = 8
     """Random prompts a forward pass."""
+    num_diagnosed: int = 32
+    """Harmful training prompts on which to predict how much of its safety the model keeps with this alpha; 0: none."""
     seed: int = 0
     """Of the random prompts and their continuations."""

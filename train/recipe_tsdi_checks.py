@@ -29,7 +29,8 @@ def check_token_bias_stage(
     path = f"stages.{name}"
     for key in ("num_prompts", "num_positions", "prompt_tokens", "batch_size"):
         at_least(1, f"{path}.{key}", getattr(stage, key), problems)
-    at_least(0, f"{path}.seed", stage.seed, problems)
+    for key in ("seed", "num_diagnosed"):
+        at_least(0, f"{path}.{key}", getattr(stage, key), problems)
     _check_alpha(f"{path}.alpha", stage.alpha, stage.num_positions, problems)
     problems.one_of(f"{path}.space", stage.space, ("log_prob", "logit"))
     problems.one_of(f"{path}.continuation", stage.continuation, ("random", "aligned"))

@@ -251,9 +251,9 @@ def estimate_token_bias(
                 continuation = drawn[batch].to(input_ids.device)
             else:
                 continuation = _sampled(aligned, input_ids, attention_mask, tokenizer, settings, start)
-            logits = _continuation_logits(aligned, input_ids, attention_mask, continuation)
+            logits = continuation_logits(aligned, input_ids, attention_mask, continuation)
             with aligned.disable_adapter() if reference is None else nullcontext():
-                reference_logits = _continuation_logits(
+                reference_logits = continuation_logits(
                     aligned if reference is None else reference, input_ids, attention_mask, continuation
                 )
             if logits.shape != reference_logits.shape:
@@ -281,7 +281,7 @@ def estimate_token_bias(
     return TokenBias(bias=bias, mean_probability=mean_probability, settings=settings)
 
 
-def _continuation_logits(
+def continuation_logits(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, continuation: torch.Tensor
 ) -> torch.Tensor:
     """Logits (B, L, V) in fp32, on the CPU, for each position of a continuation (B, L)."""

@@ -17,7 +17,7 @@ from equipoise.train.recipe_stages import TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.token_bias import run_token_bias
 
-SMALL = TokenBiasStageConfig(num_prompts=4, num_positions=3, prompt_tokens=4)
+SMALL = TokenBiasStageConfig(num_prompts=4, num_positions=3, prompt_tokens=4, num_diagnosed=2)
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +119,24 @@ def test_the_stages_folder_decodes_the_policy(context: Any, tiny_model_folder: P
     new = answer[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(new, skip_special_tokens=True) == expected.text
     assert answer.tolist() != model.generate(**inputs, max_new_tokens=3).tolist()
+
+
+def test_the_stage_says_what_alpha_does_to_safety(
+    context: Any, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    policy = str(shifted(tiny_model_folder, tmp_path / "policy"))
+    said: list[str] = []
+    surroundings = replace(context(), say=said.append)
+    result = run_token_bias("bias", replace(SMALL, alpha=0.7, num_diagnosed=6), policy, surroundings)
+    forks: Any = result.facts["forks"]
+    assert forks["num_prompts"] == 6
+    assert 0 < forks["num_changed"] <= 6
+    assert set(forks["kept_rate"]) >= {"0", "0.7", "1", "2"}
+    assert f"keeps {forks['kept_rate']['0.7']:.0%} [" in said[-1]
+    assert StageResult.from_json(result.to_json(), None).facts == result.facts
+    result = run_token_bias("bias", replace(SMALL, num_diagnosed=0), policy, surroundings)
+    assert "forks" not in result.facts
+    assert len(said) == 1
 
 
 def loaded(*overrides: str) -> Recipe:

@@ -1,6 +1,7 @@
 """Measure the token bias (TSDI) of the policy against a reference; nothing is trained."""
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from equipoise.eval.generation.tsdi import TSDISettings, estimate_token_bias
+from equipoise.eval.generation.tsdi import TokenBias, TSDISettings, estimate_token_bias
+from equipoise.eval.generation.tsdi_diagnosis import ALPHAS, KEPT, find_forks
 from equipoise.eval.models import ModelError
 from equipoise.train.model import default_device, load_policy
 from equipoise.train.recipe_stages import TokenBiasStageConfig
@@ -56,10 +58,55 @@ def run_token_bias(name: str, stage: TokenBiasStageConfig, policy: str, context:
     PartialState().wait_for_everyone()
     facts: dict[str, object] = {
         "num_prompts": stage.num_prompts,
+        "alpha": stage.alpha,
         "mean_absolute_bias": float(bias.bias.abs().mean()),
         "probability_weighted_bias": float((bias.mean_probability * bias.bias.abs()).sum(-1).mean()),
     }
+    if stage.num_diagnosed:
+        facts["forks"] = _diagnose(name, stage, aligned, reference, tokenizer, bias, context)
     return StageResult(policy, time.perf_counter() - started, facts, token_bias=bias)
+
+
+def _diagnose(
+    name: str,
+    stage: TokenBiasStageConfig,
+    aligned: Any,
+    reference: Any | None,
+    tokenizer: PreTrainedTokenizerBase,
+    bias: TokenBias,
+    context: StageContext,
+) -> dict[str, object]:
+    """How many harmful training prompts the correction leaves on the aligned model's way: said, and for the facts."""
+    prompts = list({pair.prompt[-1]["content"]: pair.prompt for pair in context.data.safety_pairs}.values())
+    drawn = random.Random(stage.seed).sample(prompts, min(stage.num_diagnosed, len(prompts)))
+    # One alpha a position is a profile, which is judged as it is: times 1.
+    alpha = 1.0 if isinstance(stage.alpha, list) else float(stage.alpha)
+    found = find_forks(
+        aligned,
+        reference,
+        tokenizer,
+        drawn,
+        bias,
+        alphas=[*ALPHAS, alpha],
+        batch_size=stage.batch_size,
+        progress=context.progress,
+    )
+    rate, low, high = found.kept_rate(alpha)
+    share = "none" if found.bias_share is None else f"{found.bias_share:.0%}"
+    context.say(
+        f"{name}: {found.num_changed} of {found.num_prompts} harmful training prompts are answered otherwise than before "
+        f"from the first words on; with alpha {stage.alpha}, {rate:.0%} [{low:.0%}, {high:.0%}] of them still are, and "
+        f"up to alpha {found.suggested_alpha:g} it is {KEPT:.0%} or more (the token bias explains {share} of what "
+        f"training gained there)"
+    )
+    return {
+        "num_prompts": found.num_prompts,
+        "num_changed": found.num_changed,
+        "bias_share": found.bias_share,
+        "kept_rate": {f"{each:g}": found.kept_rate(each)[0] for each in found.alphas},
+        "kept_throughout_rate": {f"{each:g}": found.kept_throughout_rate(each)[0] for each in found.alphas},
+        "suggested_alpha": found.suggested_alpha,
+    }
 
 
 def _models(
