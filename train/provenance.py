@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from equipoise.data.sources import SafetyData
 from equipoise.train.recipe import Recipe
+from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.stages.preference import stage_pairs
 
 
 def provenance(recipe: Recipe, data: SafetyData) -> dict[str, str]:
@@ -20,6 +22,10 @@ def provenance(recipe: Recipe, data: SafetyData) -> dict[str, str]:
     found["model"] = recipe.model.id
     found["model revision"] = recipe.model.revision or "default"
     found["data"] = data.summary()
+    for name, stage in recipe.stages.items():
+        order = stage_pairs(stage, data)[1] if isinstance(stage, PreferenceStageConfig) else None
+        if order is not None:
+            found[f"data of {name}"] = order.summary()
     found["training pairs (hash)"] = _data_hash(data)
     return found
 

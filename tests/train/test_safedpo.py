@@ -8,7 +8,8 @@ import torch
 
 from equipoise.data.schema import HELPFUL
 from equipoise.data.sources import SafetyData
-from equipoise.train.recipe import LossConfig
+from equipoise.train.provenance import provenance
+from equipoise.train.recipe import LossConfig, Recipe
 from equipoise.train.recipe_stages import KLConfig
 
 LOSS = LossConfig("safedpo", delta=2.0)
@@ -34,6 +35,8 @@ def test_a_stage_drops_swaps_and_counts(train_stage: Any, make_stage: Any, data:
     assert facts["num_pairs"] == 27
     assert (facts["num_swapped"], facts["num_both_unsafe"], facts["num_unlabelled"]) == (3, 5, 0)
     json.dumps(facts)
+    recipe = Recipe(name="mine", stages={"safe": make_stage(loss=LOSS)})
+    assert f"safe: {provenance(recipe, data)['data of safe']}" == trained.said[0]
     # Before anything is learned: Delta where a safe answer meets an unsafe one, DPO where both are safe.
     first = trained.metrics[0]
     for name, loss in first.items():
