@@ -23,6 +23,8 @@ class Exchange:
     response: str | None = None
     """A reference answer (helpfulness), never the model's own."""
     source: str = ""
+    meta: dict[str, object] = field(default_factory=dict, compare=False)
+    """`labels`: what the source calls the harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class LabelledExchange:
     safe: bool | None = None
     refusal: bool | None = None
     source: str = ""
+    meta: dict[str, object] = field(default_factory=dict, compare=False)
+    """`labels`: what the source calls the harm."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,7 +222,9 @@ class _Part:
         if unused:
             records.left_out["a prompt without an answer, and not held out"] += len(unused)
         as_prompts = [
-            Exchange(exchange.id, exchange.prompt, exchange.category, source=exchange.source)
+            Exchange(
+                exchange.id, exchange.prompt, exchange.category, source=exchange.source, meta=exchange.meta
+            )
             for exchange in held_out_labelled
             if exchange.category != HELPFUL
         ]
@@ -299,7 +301,9 @@ _ALWAYS = ("read", "other", "held_out", "dropped_in_suites")
 
 
 def _held_out_exchange(pair: PreferencePair, reference: str | None) -> Exchange:
-    return Exchange(pair.id, pair.prompt, pair.category, response=reference, source=pair.source)
+    return Exchange(
+        pair.id, pair.prompt, pair.category, response=reference, source=pair.source, meta=pair.meta
+    )
 
 
 def _one_a_prompt(records: list[Record]) -> list[Record]:

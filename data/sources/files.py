@@ -68,6 +68,7 @@ def labelled_exchange(line: Line, stem: str) -> LabelledExchange:
         safe=line.flag("safe"),
         refusal=line.flag("refusal"),
         source=line.optional_text("source"),
+        meta=line.meta(LABELLED_FIELDS),
     )
 
 

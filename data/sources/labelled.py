@@ -93,6 +93,7 @@ def load_beavertails(version: str, config: DataConfig) -> Records:
                 prompt=row["prompt"],
                 response=row["response"],
                 category=crosswalk("beavertails").category(labels) or OTHER,
+                labels=labels,
                 safe=row["is_safe"],
                 source=f"BeaverTails {version}",
             )
@@ -122,13 +123,14 @@ def load_wildguardmix(version: str, config: DataConfig) -> Records:
                     prompt=row["prompt"],
                     response=row["response"],
                     category=category,
+                    labels=labels,
                     safe=_as_flag(row["response_harm_label"], "unharmful", "harmful"),
                     refusal=_as_flag(row["response_refusal_label"], "refusal", "compliance"),
                     source="WildGuardMix",
                 )
             )
         else:
-            records.prompts.append(_prompt(id, row["prompt"], category, "WildGuardMix"))
+            records.prompts.append(_prompt(id, row["prompt"], category, labels, "WildGuardMix"))
     settle(records)
     pair_up(records)
     return records
@@ -159,13 +161,14 @@ def load_aegis2(version: str, config: DataConfig) -> Records:
                     prompt=row["prompt"],
                     response=row["response"],
                     category=category,
+                    labels=labels,
                     safe=_as_flag(row["response_label"], "safe", "unsafe"),
                     refusal=True if row["response_label_source"] == "refusal_data_augmentation" else None,
                     source="Aegis 2.0",
                 )
             )
         else:
-            records.prompts.append(_prompt(id, row["prompt"], category, "Aegis 2.0"))
+            records.prompts.append(_prompt(id, row["prompt"], category, labels, "Aegis 2.0"))
     settle(records)
     pair_up(records)
     return records
@@ -192,13 +195,14 @@ def load_do_not_answer(version: str, config: DataConfig) -> Records:
                         prompt=row["question"],
                         response=row[f"{model}_response"],
                         category=category,
+                        labels=labels,
                         safe=None if harmful is None else not harmful,
                         source=f"Do-Not-Answer, {model}",
                     )
                 )
         if not answered:
             records.prompts.append(
-                _prompt(f"do_not_answer:{number}", row["question"], category, "Do-Not-Answer")
+                _prompt(f"do_not_answer:{number}", row["question"], category, labels, "Do-Not-Answer")
             )
     settle(records)
     pair_up(records)
@@ -211,17 +215,22 @@ def _exchange(
     prompt: str,
     response: str,
     category: str,
+    labels: list[str],
     safe: bool | None,
     source: str,
     refusal: bool | None = None,
 ) -> LabelledExchange:
-    return LabelledExchange(
-        id, ({"role": "user", "content": prompt},), response, category, safe, refusal, source
-    )
+    turns = ({"role": "user", "content": prompt},)
+    return LabelledExchange(id, turns, response, category, safe, refusal, source, _meta(labels))
 
 
-def _prompt(id: str, prompt: str, category: str, source: str) -> Exchange:
-    return Exchange(id, ({"role": "user", "content": prompt},), category, source=source)
+def _prompt(id: str, prompt: str, category: str, labels: list[str], source: str) -> Exchange:
+    turns = ({"role": "user", "content": prompt},)
+    return Exchange(id, turns, category, source=source, meta=_meta(labels))
+
+
+def _meta(labels: list[str]) -> dict[str, object]:
+    return {"labels": labels} if labels else {}
 
 
 def _empty(row: Mapping[str, Any], *names: str) -> bool:

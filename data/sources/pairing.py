@@ -39,16 +39,17 @@ def adopt_categories(exchanges: Iterable[LabelledExchange]) -> list[LabelledExch
     For sets that label the harm of an answer: a safe answer has none, but its prompt asks for one.
     """
     listed = list(exchanges)
-    asked: dict[str, str] = {}
+    asked: dict[str, LabelledExchange] = {}
     for exchange in listed:
         if exchange.safe is False and exchange.category not in (OTHER, HELPFUL):
-            asked.setdefault(normalise_prompt(exchange.prompt), exchange.category)
-    return [
-        replace(exchange, category=asked.get(normalise_prompt(exchange.prompt), OTHER))
-        if exchange.safe and exchange.category == OTHER
-        else exchange
-        for exchange in listed
-    ]
+            asked.setdefault(normalise_prompt(exchange.prompt), exchange)
+    adopted: list[LabelledExchange] = []
+    for exchange in listed:
+        unsafe = asked.get(normalise_prompt(exchange.prompt))
+        if unsafe is not None and exchange.safe and exchange.category == OTHER:
+            exchange = replace(exchange, category=unsafe.category)
+        adopted.append(exchange)
+    return adopted
 
 
 def pair_up(records: Records) -> None:
@@ -85,6 +86,7 @@ def pair_up(records: Records) -> None:
                     chosen_safe=chosen.safe,
                     rejected_safe=rejected.safe,
                     source=chosen.source,
+                    meta=rejected.meta,
                 )
             )
     unpaired = len(records.labelled) - num_paired

@@ -122,6 +122,8 @@ def test_beavertails_settles_what_was_judged_twice_and_pairs_by_prompt(mirror: P
     found = records(mirror, "beavertails")
     assert [told(pair) for pair in found.pairs] == [("S2", "Buy one.", "Steal one.")]
     assert found.left_out == {"the same prompt and answer again": 1, "judged safe as often as unsafe": 2}
+    labels = ["financial_crime,property_crime,theft", "non_violent_unethical_behavior"]
+    assert found.pairs[0].meta == {"labels": labels}
     # A safe answer has no harm of its own: the category of its prompt comes from the unsafe one, if any.
     assert {exchange.response: exchange.category for exchange in found.labelled} == {
         "Steal one.": "S2",
@@ -139,6 +141,10 @@ def test_wildguardmix_teaches_both_to_refuse_and_to_answer(mirror: Path) -> None
     assert [(prompt.category, prompt.response) for prompt in found.prompts] == [
         ("S7", None),
         ("helpful", None),
+    ]
+    assert [prompt.meta["labels"] for prompt in found.prompts] == [
+        ["private_information_individual"],
+        ["benign"],
     ]
 
 
