@@ -38,11 +38,11 @@ class KTOTrainer(PreferenceTrainer):
     def __init__(self, **kwargs: Any) -> None:
         stage, desirable = kwargs["stage"], kwargs["dataset"]["desirable"]
         assert isinstance(stage, KTOStageConfig)
+        num = sum(desirable)
+        balancing = balancing_weight(num, len(desirable) - num, stage.desirable_weight)
+        given = stage.undesirable_weight
         self.desirable_weight = stage.desirable_weight
-        self.undesirable_weight = stage.undesirable_weight
-        if self.undesirable_weight is None:
-            num = sum(desirable)
-            self.undesirable_weight = balancing_weight(num, len(desirable) - num, stage.desirable_weight)
+        self.undesirable_weight = balancing if given is None else given
         super().__init__(**kwargs)
 
     def _log_ratio_loss(self, inputs: dict[str, Any], logps: PairLogps) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class KTOTrainer(PreferenceTrainer):
             torch.where(desirable, log_ratio, nan),
             torch.where(desirable, nan, log_ratio),
             self._z_ref.expand_as(loss),
-            kl,
+            torch.where(desirable, kl, nan),
         )
 
     def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
@@ -95,7 +95,4 @@ class KTOTrainer(PreferenceTrainer):
         for column in self.log_ratios:
             if not bool(table[column].isnan().all()):
                 metrics[f"train/{column}"] = float(table[column].nanmean())
-        if self.stage.kl.active and not self._kl_penalty.on_benign:
-            of_desirable = table["kl"][desirable]
-            metrics["train/kl"] = float(of_desirable.mean()) if len(of_desirable) else 0.0
         return metrics

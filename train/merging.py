@@ -12,7 +12,7 @@ what is done here as "cat": factors side by side, exact, of rank r1 + r2. Here i
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,10 +114,12 @@ def check_weights(first: Weights, second: Weights) -> None:
             found.append(f"{len(names)} tensors of {here.folder} are not in {there.folder}: {_some(names)}")
     layouts = {name: (first.layout(name), second.layout(name)) for name in sorted(mine & theirs)}
     for what, place in (("dtype", 0), ("shape", 1)):
-        names = [name for name, (a, b) in layouts.items() if a[place] != b[place]]
-        if names:
-            a, b = layouts[names[0]]
-            found.append(f"{len(names)} tensors differ in {what}: {names[0]} is {a[place]} and {b[place]}")
+        differing = [name for name, (a, b) in layouts.items() if a[place] != b[place]]
+        if differing:
+            a, b = layouts[differing[0]]
+            found.append(
+                f"{len(differing)} tensors differ in {what}: {differing[0]} is {a[place]} and {b[place]}"
+            )
     if not found and _fingerprint(first.folder) != _fingerprint(second.folder):
         found.append("the tokenizers differ (vocabulary, special tokens or chat template)")
     if found:
@@ -311,6 +313,6 @@ def _fingerprint(folder: Path) -> str:
         raise MergeError(f"the tokenizer in {folder} does not load: {error}") from error
 
 
-def _some(names: Sequence[str] | set[str] | list[str]) -> str:
+def _some(names: Iterable[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")

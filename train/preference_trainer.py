@@ -36,14 +36,23 @@ from equipoise.train.recipe_stages import LogRatioStageConfig, PreferenceStageCo
 from equipoise.train.step_table import StepTable
 from equipoise.train.training import STATE_FILE, stop_non_finite
 
+
 class PreferenceTrainer(DPOTrainer):
     """See the module. `dataset` holds the pairs in training order, one row a draw (see `sampling.order_pairs`)."""
 
     examples = "pairs"
     """What metrics call the examples."""
-    columns = ("slot", "category", "loss", "h", "chosen_log_ratio", "rejected_log_ratio", "kl")
+    columns: tuple[str, ...] = (
+        "slot",
+        "category",
+        "loss",
+        "h",
+        "chosen_log_ratio",
+        "rejected_log_ratio",
+        "kl",
+    )
     """What is kept of every example until the step is logged."""
-    log_ratios = ("chosen_log_ratio",)
+    log_ratios: tuple[str, ...] = ("chosen_log_ratio",)
     """Columns whose mean in each category is logged; nan: not of this example."""
 
     def __init__(
@@ -286,10 +295,13 @@ class PreferenceTrainer(DPOTrainer):
             f"train/num_{self.examples}": len(table["loss"]),
             "train/learning_rate": self._get_learning_rate(),
         }
+        columns = self.log_ratios
         if self._benign_kl is not None:  # on all ranks or on none; each has answers of its own
             metrics["train/kl"] = float(self.accelerator.reduce(self._benign_kl, reduction="mean"))
         elif self.stage.kl.active:
-            metrics["train/kl"] = float(table["kl"].mean())
+            columns = (*columns, "kl")
+            if not bool(table["kl"].isnan().all()):
+                metrics["train/kl"] = float(table["kl"].nanmean())
         if self._shift is not None:  # on all ranks or on none; each has contexts of its own
             metrics["train/token_bias"] = float(self.accelerator.reduce(self._shift, reduction="mean"))
         for i, name in enumerate(self.category_names):
@@ -302,7 +314,7 @@ class PreferenceTrainer(DPOTrainer):
             metrics[f"train/loss/{name}"] = float(table["loss"][of].mean())
             metrics[f"train/h/{name}"] = float(table["h"][of].mean())
             metrics[f"train/accuracy/{name}"] = float((table["h"][of] > TIE).double().mean())
-            for column in self.log_ratios:
+            for column in columns:
                 if not bool(table[column][of].isnan().all()):
                     metrics[f"train/{column}/{name}"] = float(table[column][of].nanmean())
         metrics.update(self.terms.metrics())
