@@ -13,7 +13,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from equipoise.data.taxonomy import load_taxonomy
+from equipoise.data.crosswalk import find_taxonomy
 from equipoise.eval.category_report import CategoryReport, ReportError
 from equipoise.eval.evaluator import EvaluationSettings, evaluate
 from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
@@ -119,7 +119,7 @@ class Gatekeeper:
             (context.run_dir / "recipe.yaml").read_text(encoding="utf-8"),
             f"{context.recipe.name}, {title}",
             provenance(context.recipe, context.data),
-            category_names=load_taxonomy().names,
+            category_names=find_taxonomy(self.context.recipe.data.taxonomy).names,
         )
 
     def _write_label(self, state: str, label: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from equipoise.data.crosswalk import find_crosswalk
+from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.errors import DataError
 from equipoise.data.sources import FILE_SOURCES, SHIPPED_PARTS, source_names
 from equipoise.data.sources.files import LABELLED_FIELDS, PAIR_FIELDS
@@ -32,6 +32,8 @@ class Problems:
     raw: Mapping[str, Any]
     """The recipe before `${...}` is resolved."""
     found: dict[str, str] = field(default_factory=dict)
+    categories: tuple[str, ...] = load_taxonomy().ids
+    """The harm categories that a key may name: the shipped ones, and those of the recipe's own taxonomy."""
 
     def add(self, key: str, reason: str) -> None:
         """Note a reason against `key`, a dotted path; the first reason of a key stands."""
@@ -213,21 +215,19 @@ def _check_source(data: DataConfig, problems: Problems) -> None:
 
 
 def _check_taxonomy(data: DataConfig, problems: Problems) -> None:
-    """Note a taxonomy that cannot be read, with what is wrong in it."""
-    if data.taxonomy is not None:
-        try:
-            find_crosswalk(data.taxonomy)
-        except DataError as error:
-            problems.add("data.taxonomy", str(error))
+    """Note a taxonomy that cannot be read, with what is wrong in it; its categories may be named from here on."""
+    try:
+        problems.categories = find_taxonomy(data.taxonomy).ids
+    except DataError as error:
+        problems.add("data.taxonomy", str(error))
 
 
 def _check_gate(gate: GateConfig, problems: Problems) -> None:
     """The rules' own values are checked where they are filled in, by `GateRules`."""
     at_least(0, "gate.every", gate.every, problems)
-    hazards = load_taxonomy().ids
     for category in gate.rules.get("category_limits", {}):
-        if category not in hazards:
-            problems.unknown(f"gate.rules.category_limits.{category}", category, hazards)
+        if category not in problems.categories:
+            problems.unknown(f"gate.rules.category_limits.{category}", category, problems.categories)
 
 
 def check_path(

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from equipoise.data.schema import HELPFUL
-from equipoise.data.taxonomy import load_taxonomy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import Problems, at_least, positive, share_of_one
 from equipoise.train.recipe_rl import MultiplierUpdateConfig, RolloutConfig, SafeRLHFStageConfig
@@ -66,7 +65,7 @@ def check_multiplier(path: str, multiplier: MultiplierUpdateConfig, problems: Pr
     at_least(0, f"{path}.eta", multiplier.eta, problems)
     at_least(1, f"{path}.window", multiplier.window, problems)
     at_least(0, f"{path}.delay", multiplier.delay, problems)
-    categories = (*load_taxonomy().ids, HELPFUL)
+    categories = (*problems.categories, HELPFUL)
     for category in multiplier.thresholds:
         if category not in categories:
             problems.unknown(f"{path}.thresholds.{category}", category, categories)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from equipoise.data.schema import HELPFUL
-from equipoise.data.taxonomy import load_taxonomy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import (
     MARGIN_LOSSES,
@@ -16,7 +15,7 @@ from equipoise.train.recipe_checks import (
     positive,
     share_of_one,
 )
-from equipoise.train.recipe_grpo_checks import check_grpo_stage
+from equipoise.train.recipe_grpo_checks import check_grpo_stage, check_warm_up
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_sacpo_checks import check_kto_stage, check_merge_stage
 from equipoise.train.recipe_safe_rlhf_checks import check_safe_rlhf_stage
@@ -64,6 +63,7 @@ def check_stages(recipe: Recipe, problems: Problems) -> None:
                 check_source(f"{path}.{key}", source, earlier, recipe, problems)
             check_merge_stage(path, stage, earlier, recipe, problems)
         elif isinstance(stage, SFTStageConfig):
+            check_warm_up(path, stage, recipe, problems)
             _check_mixture(path, stage.mixture, problems)
             _check_weight(f"{path}.weight", stage.weight, problems)
             _check_kl(f"{path}.kl", stage.kl, stage.mixture, problems)
@@ -149,7 +149,7 @@ def _check_category(path: str, category: CategoryConfig, problems: Problems) -> 
     margin, weight, multiplier = category.margin, category.weight, category.multiplier
     positive(f"{path}.margin.eta", margin.eta, problems)
     at_least(0, f"{path}.multiplier.eta", multiplier.eta, problems)
-    categories = load_taxonomy().ids
+    categories = problems.categories
     for key, term in ((f"{path}.margin", margin), (f"{path}.multiplier", multiplier)):
         share_of_one(f"{key}.target", term.target, problems)
         for name, target in term.targets.items():
@@ -207,7 +207,7 @@ def _check_kl(path: str, kl: KLConfig, mixture: Mapping[str, float], problems: P
     problems.one_of(f"{path}.estimator", kl.estimator, ("forward", "reverse", "k3"))
     problems.one_of(f"{path}.on", kl.on, ("chosen", "helpful", "benign"))
     at_least(1, f"{path}.num_benign", kl.num_benign, problems)
-    categories = (*load_taxonomy().ids, HELPFUL)
+    categories = (*problems.categories, HELPFUL)
     for category, coef in kl.per_category.items():
         if category in categories:
             at_least(0, f"{path}.per_category.{category}", coef, problems)

@@ -19,9 +19,9 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.files import write_aside
 from equipoise.data.sources import load_data
-from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
@@ -311,7 +311,7 @@ def _finish(
             _, tokenizer = load_policy(recipe.model, context.base_folder)
             rows = token_bias.top_tokens(tokenizer)
         gatekeeper.write_html(run_dir / "report.html", f"seed {recipe.seed}", token_bias_rows=rows)
-        console.print(category_table(gatekeeper.reports, load_taxonomy().names))
+        console.print(category_table(gatekeeper.reports, find_taxonomy(recipe.data.taxonomy).names))
     for state, result in gatekeeper.verdicts.items():
         say(f"gate, {state}: {result.verdict.value}")
     say(f"promoted: {gatekeeper.promoted or 'nothing'}")

@@ -125,3 +125,16 @@ def test_the_readme_tells_every_source_with_its_revision() -> None:
             assert hub_set.revision in readme
     for name in FILE_SOURCES:
         assert f"data={name}" in readme
+
+
+def test_categories_of_an_own_taxonomy_may_be_named_anywhere(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("categories: {brand: {name: Brand, description: Running down the company.}}")
+    gate = {"rules": {"category_limits": {"brand": 0.1}}}
+    stages = {"safe": {"kind": "preference", "kl": {"coef": 0.1, "per_category": {"brand": 0.2}}}}
+    data = {"source": "jsonl", "path": str(tmp_path)}
+    recipe = {"name": "mine", "stages": stages, "gate": gate, "data": {**data, "taxonomy": str(own)}}
+    assert load_recipe(OmegaConf.create(recipe)).data.taxonomy == str(own)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(OmegaConf.create({**recipe, "data": data}))
+    assert str(caught.value).count("unknown key; possible: S1") == 2
