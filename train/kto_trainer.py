@@ -43,6 +43,8 @@ class KTOTrainer(PreferenceTrainer):
         given = stage.undesirable_weight
         self.desirable_weight = stage.desirable_weight
         self.undesirable_weight = balancing if given is None else given
+        self._z_ref = torch.zeros(())
+        """The reference point of the forward pass at hand."""
         super().__init__(**kwargs)
 
     def _log_ratio_loss(self, inputs: dict[str, Any], logps: PairLogps) -> tuple[Tensor, Tensor]:

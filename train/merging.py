@@ -24,9 +24,9 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from equipoise.data.errors import EquipoiseError
+from equipoise.eval.models import load_tokenizer
 from equipoise.train.scorer import tokenizer_fingerprint
 
 SHARD_BYTES = 4 * 2**30
@@ -42,6 +42,8 @@ _WEIGHT_SUFFIXES = (
     ".pth",
     ".gguf",
 )
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""What can be averaged; anything else is part of a quantised model, or an index."""
 _MAY_DIFFER = (
     "_name_or_path",
     "transformers_version",
@@ -62,11 +64,16 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files or not (folder / "config.json").is_file():
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        else:
+            files = list(folder.glob("model.safetensors"))
+        if not files or not all(file.is_file() for file in files) or not (folder / "config.json").is_file():
             raise MergeError(
-                f"{folder} is no model folder; expected config.json and model*.safetensors. Give a stage, base, or "
-                "a folder that from_pretrained loads (for an adapter: of=adapters)"
+                f"{folder} is no model folder; expected config.json and model.safetensors, or all parts of its index. "
+                "Give a stage, base, or a folder that from_pretrained loads (for an adapter: of=adapters)"
             )
         self._open = [safe_open(file, framework="pt") for file in files]
         self._file = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118
@@ -101,8 +108,11 @@ class Weights:
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
 
-def check_weights(first: Weights, second: Weights) -> None:
-    """Raise MergeError that says how the two models differ, unless they are of one architecture and tokenizer."""
+def check_weights(first: Weights, second: Weights, *, trust_remote_code: bool = False) -> None:
+    """Raise MergeError that says how the two models differ, unless they are of one architecture and tokenizer.
+
+    trust_remote_code: of the tokenizers.
+    """
     found = [
         f"config.json: {key} is {first.config[key]!r} and {second.config[key]!r}"
         for key in first.config.keys() & second.config.keys()
@@ -120,8 +130,13 @@ def check_weights(first: Weights, second: Weights) -> None:
             found.append(
                 f"{len(differing)} tensors differ in {what}: {differing[0]} is {a[place]} and {b[place]}"
             )
-    if not found and _fingerprint(first.folder) != _fingerprint(second.folder):
-        found.append("the tokenizers differ (vocabulary, special tokens or chat template)")
+    if not found:
+        quantised = [name for name, (a, _) in layouts.items() if a[0] not in _FLOATS]
+        if any(not _same_bits(first.tensor(name), second.tensor(name)) for name in quantised):
+            found.append(f"{len(quantised)} tensors are no plain numbers (quantised?): {_some(quantised)}")
+        tokenizers = [_fingerprint(model.folder, trust_remote_code) for model in (first, second)]
+        if tokenizers[0] != tokenizers[1]:
+            found.append("the tokenizers differ (vocabulary, special tokens or chat template)")
     if found:
         lines = "\n  ".join(sorted(found))
         raise MergeError(f"{first.folder} and {second.folder} cannot be merged:\n  {lines}")
@@ -138,11 +153,12 @@ def merge_weights(
     def mixed(name: str) -> Tensor:
         a = first.tensor(name) if weight < 1 else None
         b = second.tensor(name) if weight > 0 else None
-        if a is None or b is None or not a.is_floating_point():
-            result = b if a is None else a
-            assert result is not None
-            return result
-        return ((1 - weight) * a.float() + weight * b.float()).to(a.dtype)
+        if a is None or b is None or first.layout(name)[0] not in _FLOATS:
+            same = b if a is None else a
+            assert same is not None
+            return same
+        exact = torch.promote_types(a.dtype, torch.float32)
+        return ((1 - weight) * a.to(exact) + weight * b.to(exact)).to(a.dtype)
 
     _write(first, target, mixed, progress)
 
@@ -158,15 +174,16 @@ class Adapter:
     @classmethod
     def load(cls, model_folder: Path) -> "Adapter":
         """Of a folder with adapter_config.json, or of the `adapter/` beside a stage's model; raises MergeError."""
-        places = (model_folder, model_folder.with_name("adapter"))
+        places = [model_folder]
+        if model_folder.name == "model":
+            places.append(model_folder.with_name("adapter"))
         for folder in places:
             if (folder / _ADAPTER_CONFIG).is_file() and (folder / _ADAPTER_FILE).is_file():
                 adapter = cls(folder, LoraConfig.from_pretrained(folder), load_file(folder / _ADAPTER_FILE))
                 adapter._check_plain()
                 return adapter
-        raise MergeError(
-            f"no adapter ({_ADAPTER_CONFIG}, {_ADAPTER_FILE}) in {places[0]} or {places[1]}; merge of=weights"
-        )
+        where = " or ".join(map(str, places))
+        raise MergeError(f"no adapter ({_ADAPTER_CONFIG}, {_ADAPTER_FILE}) in {where}; merge of=weights")
 
     @property
     def base(self) -> str:
@@ -233,6 +250,12 @@ def check_on_base(adapter: Adapter, base: Weights) -> None:
         raise MergeError(
             f"{len(missing)} layers of the adapter in {adapter.folder} have no weight of that name in {base.folder}: "
             f"{_some(missing)}; merge of=weights"
+        )
+    quantised = [m for m in adapter.modules if base.layout(f"{m}.weight")[0] not in _FLOATS]
+    if quantised:
+        raise MergeError(
+            f"{base.folder}: {_some(quantised)} are no plain numbers (quantised?), and nothing can be added to them; "
+            "merge onto the unquantised model"
         )
 
 
@@ -306,11 +329,12 @@ def _write(
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _fingerprint(folder: Path) -> str:
-    try:
-        return tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise MergeError(f"the tokenizer in {folder} does not load: {error}") from error
+def _fingerprint(folder: Path, trust_remote_code: bool) -> str:
+    return tokenizer_fingerprint(load_tokenizer(str(folder), trust_remote_code=trust_remote_code))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -70,7 +70,7 @@ def check_merge_stage(
     if stage.of == "adapters":
         _check_adapters(path, stage, earlier, recipe, problems)
     weights = stage.second_weights
-    if not weights or len(set(weights)) < len(weights):
+    if not weights or len({f"{weight:g}" for weight in weights}) < len(weights):  # they name folders
         problems.expect(False, f"{path}.second_weights", weights, "at least one number, and none twice")
     for weight in weights:
         in_range = 0 <= weight <= 1 and math.isfinite(weight)

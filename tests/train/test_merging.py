@@ -162,6 +162,18 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(make_folder: Any, tm
         check_weights(Weights(first), Weights(fewer))
     with pytest.raises(MergeError, match="is no model folder"):
         Weights(tmp_path)
+    quantised = [make_folder(name, 2) for name in ("quantised", "quantised otherwise")]
+    for value, folder in enumerate(quantised):
+        kept = tensors(folder) | {"model.norm.weight": torch.full((32,), value, dtype=torch.int8)}
+        merging.save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        MergeError, match=r"1 tensors are no plain numbers \(quantised\?\): model\.norm\.weight"
+    ):
+        check_weights(*map(Weights, quantised))
+    check_weights(Weights(quantised[0]), Weights(quantised[0]))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(MergeError, match=r"no adapter .* in .*model or .*adapter; merge of=weights"):
+        Adapter.load(tmp_path / "model")
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ def run_merge(name: str, stage: MergeStageConfig, policy: str, context: StageCon
     sources = (context.policy_folder(source, policy) for source in (stage.first, stage.second))
     with PartialState().main_process_first():  # the others find what it has fetched
         first, second = (_local(source, context) for source in sources)
-    prepare = _weights if stage.of == "weights" else _adapters
-    write, num_bytes = prepare(first, second, lambda done, of: context.progress(done, of, name))
+    write, num_bytes = (_weights if stage.of == "weights" else _adapters)(first, second, name, context)
     if PartialState().is_main_process:
         _check_room(folder, num_bytes * len(models))
         for weight, model in models.items():
@@ -51,10 +50,13 @@ def run_merge(name: str, stage: MergeStageConfig, policy: str, context: StageCon
     )
 
 
-def _weights(first: Path, second: Path, progress: Callable[[int, int], None]) -> tuple[Write, int]:
+def _weights(first: Path, second: Path, name: str, context: StageContext) -> tuple[Write, int]:
     """(what writes one share's model, bytes of a model); checks that the models fit."""
     one, two = Weights(first), Weights(second)
-    merging.check_weights(one, two)
+    merging.check_weights(one, two, trust_remote_code=context.recipe.model.trust_remote_code)
+
+    def progress(done: int, of: int) -> None:
+        context.progress(done, of, name)
 
     def write(weight: float, model: Path) -> None:
         save_folder(model, lambda aside: merging.merge_weights(one, two, weight, aside, progress))
@@ -62,12 +64,15 @@ def _weights(first: Path, second: Path, progress: Callable[[int, int], None]) ->
     return write, sum(one.num_bytes.values())
 
 
-def _adapters(first: Path, second: Path, progress: Callable[[int, int], None]) -> tuple[Write, int]:
+def _adapters(first: Path, second: Path, name: str, context: StageContext) -> tuple[Write, int]:
     """(what writes one share's adapter and model, bytes of a model); checks that the adapters fit."""
     one, two = Adapter.load(first), Adapter.load(second)
     merging.check_adapters(one, two)
-    base = Weights(_download(one.base, None))
+    base = Weights(_local(one.base, context))
     merging.check_on_base(one, base)
+
+    def progress(done: int, of: int) -> None:
+        context.progress(done, of, name)
 
     def write(weight: float, model: Path) -> None:
         shares = ((1 - weight, one), (weight, two))
