@@ -14,7 +14,7 @@ ULTRAFEEDBACK = {
     "prefs": HubSet(
         repo="HuggingFaceH4/ultrafeedback_binarized",
         revision="3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
-        files=("data/train_prefs-*",),
+        files=("data/train_prefs-*.parquet",),
         columns={
             "prompt": TEXT,
             "chosen": TURNS,

@@ -1,5 +1,6 @@
 """Rows of a data set of the Hugging Face hub at a pinned revision, or of a local copy with the same layout."""
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,13 @@ def read_rows(hub_set: HubSet, mirror: str | None, num_rows: int | None) -> Iter
             f"data.mirror: {folder} is no folder; expected a copy of the repository {hub_set.repo} there."
         )
     source = hub_set.where if folder is None else str(folder)
+    base = f"hf://datasets/{hub_set.repo}@{hub_set.revision}" if folder is None else glob.escape(str(folder))
     try:
         rows = datasets.load_dataset(
-            hub_set.repo if folder is None else str(folder),
-            data_files=list(hub_set.files),
+            # The files by themselves: a repository's card may name configurations, splits and features of its own.
+            "parquet" if hub_set.files[0].endswith(".parquet") else "json",
+            data_files=[f"{base}/{file}" for file in hub_set.files],
             split="train",
-            revision=hub_set.revision if folder is None else None,
             streaming=folder is not None or num_rows is not None,
         )
         for number, row in enumerate(rows, start=1):

@@ -67,7 +67,7 @@ DO_NOT_ANSWER = {
     "train": HubSet(
         repo="LibrAI/do-not-answer",
         revision="74e74f2e4507ef256fe536f78a776f4a1ff67955",
-        files=("data/train-*",),
+        files=("data/train-*.parquet",),
         columns={
             "question": TEXT,
             "types_of_harm": TEXT,
