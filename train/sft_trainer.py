@@ -172,6 +172,8 @@ class SupervisedTrainer(SFTTrainer):
             metrics[f"train/num_tokens/{name}"] = num_tokens
             metrics[f"train/loss_sum/{name}"] = loss_sum
             metrics[f"train/loss/{name}"] = loss_sum / num_tokens
+            if self.stage.kl.active and self._benign_kl is None:
+                metrics[f"train/kl/{name}"] = float(table["kl"][of].mean())
         return metrics | self.terms.metrics()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

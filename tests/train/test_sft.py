@@ -26,6 +26,7 @@ from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.sft import run_sft, safe_choices
 from equipoise.train.training import STATE_FILE, TrainingError
 
+CATEGORIES = ("S1", "S2", "S10", HELPFUL)
 FULL = {"lora": LoraConfig(enabled=False)}
 
 
@@ -202,6 +203,11 @@ def test_one_answer_eight_times_equals_eight_answers_once(on: str, train_sft: An
         make_stage(per_device_batch_size=1, gradient_accumulation_steps=8, **options), run="split"
     )
     assert whole.series("train/kl")[-1] > 1e-4
+    last = whole.metrics[-1]
+    of_category = [
+        last[f"train/kl/{c}"] * last[f"train/num_answers/{c}"] for c in CATEGORIES if f"train/kl/{c}" in last
+    ]
+    assert last["train/kl"] == pytest.approx(sum(of_category) / 8) if on == "chosen" else not of_category
     for mine, theirs in zip(whole.metrics, split.metrics, strict=True):
         assert mine == pytest.approx(theirs, abs=2e-5, rel=1e-4)
     assert_same_weights(whole.weights, split.weights)
