@@ -127,8 +127,9 @@ def check_weights(first: Weights, second: Weights, *, trust_remote_code: bool = 
         differing = [name for name, (a, b) in layouts.items() if a[place] != b[place]]
         if differing:
             a, b = layouts[differing[0]]
+            advice = " (save both in one, as model.dtype does)" if what == "dtype" else ""
             found.append(
-                f"{len(differing)} tensors differ in {what}: {differing[0]} is {a[place]} and {b[place]}"
+                f"{len(differing)} tensors differ in {what}: {differing[0]} is {a[place]} and {b[place]}{advice}"
             )
     if not found:
         quantised = [name for name, (a, _) in layouts.items() if a[0] not in _FLOATS]
