@@ -31,8 +31,12 @@ def encode_chosen(
     pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedAnswers:
     """Tokenise each pair's chosen answer behind its prompt; see `encode_answers`."""
-    chosen = [UnpairedExchange(pair.id, pair.prompt, pair.chosen, True, pair.category) for pair in pairs]
-    return encode_answers(chosen, tokenizer, max_length)
+    return encode_answers(chosen_answers(pairs), tokenizer, max_length)
+
+
+def chosen_answers(pairs: Sequence[PreferencePair]) -> list[UnpairedExchange]:
+    """Each pair's prompt with its chosen answer."""
+    return [UnpairedExchange(pair.id, pair.prompt, pair.chosen, True, pair.category) for pair in pairs]
 
 
 def encode_answers(

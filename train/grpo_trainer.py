@@ -51,7 +51,7 @@ TOKEN_COLUMNS = ("num_trained", "kl_sum", "entropy_sum", "clipped_sum")
 
 
 class VerifiableTrainer(GRPOTrainer):
-    """See the module. Rows of `dataset`: prompt, answer, unanswerable, category, category_index, in order of drawing."""
+    """See the module. `dataset`, in order of drawing: prompt, answer, unanswerable, category, category_index."""
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class VerifiableTrainer(GRPOTrainer):
         self._rewards = torch.empty(0)
         self._answers: dict[str, Tensor] = {}
         self._token_log_probs: tuple[Tensor, Tensor] | None = None
+        self._step = 0
         self._can_share = False
         """Whether the model takes rows that answers share."""
         self._table = StepTable((*ANSWER_COLUMNS, *self.reward_names, *TOKEN_COLUMNS))
@@ -108,7 +109,7 @@ class VerifiableTrainer(GRPOTrainer):
         return finite
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[Any] | None]:
-        """An answer without a token (a server may leave its end out) becomes its end token, so that it can be scored."""
+        """An answer without a token (a server may leave its end out) becomes its end token: it can be scored."""
         completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         end = [self.eos_token_ids[0]]
         if logprobs is not None:

@@ -39,7 +39,7 @@ def check_data(recipe: Recipe, data: SafetyData) -> None:
             _check_constraint(path, stage, data, problems)
         elif isinstance(stage, GRPOStageConfig):
             _check_tasks(path, stage, data, recipe.seed, problems)
-        elif isinstance(stage, SFTStageConfig):
+        elif isinstance(stage, SFTStageConfig) and stage.tasks_of is None:
             check_mixture(path, stage.mixture, data, problems)
             answers, num_unsafe = safe_choices(stage, data)
             if num_unsafe and not answers:

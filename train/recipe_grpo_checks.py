@@ -10,7 +10,7 @@ from equipoise.data.tasks import ARITHMETIC
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import Problems, at_least, positive, share_of_one
 from equipoise.train.recipe_rl import ArithmeticConfig, CostConfig, GRPOStageConfig, VLLMConfig
-from equipoise.train.recipe_stages import CostModelStageConfig, StageConfig
+from equipoise.train.recipe_stages import CostModelStageConfig, SFTStageConfig, StageConfig
 
 TASK_SUBSETS = ("arithmetic", "file", "safety", "helpful")
 REWARDS = (
@@ -60,7 +60,16 @@ def check_grpo_stage(
         f"a divisor of the {answers} answers of a step (per_device_batch_size={stage.per_device_batch_size} * "
         f"gradient_accumulation_steps={stage.gradient_accumulation_steps} * {num_processes} processes)",
     )
-    _check_vllm(f"{path}.vllm", stage.vllm, problems)
+    check_vllm(f"{path}.vllm", stage.vllm, problems)
+
+
+def check_warm_up(path: str, stage: SFTStageConfig, recipe: Recipe, problems: Problems) -> None:
+    """Note an SFT stage on the tasks of what is no GRPO stage."""
+    share_of_one(f"{path}.abstention_rate", stage.abstention_rate, problems)
+    possible = [name for name, other in recipe.stages.items() if isinstance(other, GRPOStageConfig)]
+    if stage.tasks_of is not None and stage.tasks_of not in possible:
+        expected = f"a stage of kind grpo ({', '.join(possible) or 'this recipe has none'})"
+        problems.expect(False, f"{path}.tasks_of", stage.tasks_of, expected)
 
 
 def _check_tasks(path: str, stage: GRPOStageConfig, problems: Problems) -> None:
@@ -168,7 +177,7 @@ def _check_cost(
         )
 
 
-def _check_vllm(path: str, vllm: VLLMConfig, problems: Problems) -> None:
+def check_vllm(path: str, vllm: VLLMConfig, problems: Problems) -> None:
     positive(f"{path}.timeout", vllm.timeout, problems)
     if vllm.enabled and importlib.util.find_spec("vllm") is None:
         problems.add(

@@ -114,7 +114,7 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     # PEFT and TRL still ask transformers by the old name.
     warnings.filterwarnings(
-        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and says so

@@ -1,11 +1,12 @@
 """What a GRPO stage trains on and is asked: tasks of every subset in its mixture, with the instruction put behind."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from equipoise.data.errors import DataError
-from equipoise.data.schema import HELPFUL, PreferencePair
+from equipoise.data.schema import HELPFUL, PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
 from equipoise.data.splits import normalise_prompt, split_by_prompt
 from equipoise.data.tasks import Task, generate_arithmetic, load_jsonl_tasks, with_instruction
@@ -15,6 +16,7 @@ from equipoise.train.rewards.verifiable import abstention_penalty
 from equipoise.train.sampling import order_pairs
 
 ARITHMETIC, FILE = "arithmetic", "file"
+ABSTENTION = "I don't know"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,22 @@ def stage_tasks(stage: GRPOStageConfig, data: SafetyData, seed: int) -> StageTas
     _check_rewards(stage, [task for tasks in training.values() for task in tasks])
     _check_thresholds(stage, found.categories)
     return found
+
+
+def demonstrations(tasks: StageTasks, abstention_rate: float, seed: int) -> list[UnpairedExchange]:
+    """Every training task that can be checked with its answer, or "I don't know" where it has none.
+
+    The share `abstention_rate` of those with an answer gets "I don't know" too: a policy that never says it would not
+    be sampled saying it, and could not learn when to.
+    """
+    rng = random.Random(f"{seed}/demonstrations")
+    shown = []
+    for task in (task for subset in tasks.training.values() for task in subset):
+        if _checkable(task):
+            abstain = task.answer is None or rng.random() < abstention_rate
+            answer = ABSTENTION if abstain else str(task.answer)
+            shown.append(UnpairedExchange(task.id, task.prompt, answer, True, task.category))
+    return shown
 
 
 def told(tasks: Sequence[Task], stage: GRPOStageConfig) -> list[Task]:

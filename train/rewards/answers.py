@@ -50,10 +50,9 @@ _MULTIPLES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9}
 
 
 def claimed_answer(text: str) -> str | None:
-    """What the completion marks as its answer: the last `\\boxed{...}` or `Answer: ...`; None where nothing is marked."""
-    box, marker = _last_box(text), None
-    for marker in _MARKER.finditer(text):
-        pass
+    """What the completion marks as its answer: the last `\\boxed{...}` or `Answer: ...`; None without a mark."""
+    box = _last_box(text)
+    marker = next(iter(reversed(list(_MARKER.finditer(text)))), None)
     if marker is not None and (box is None or marker.start() > box[0]):
         lines = text[marker.end() :].strip().splitlines()
         return lines[0].strip().strip("*").strip() if lines else ""
@@ -144,7 +143,7 @@ def claimed_number(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
-    """The form in which texts are compared: NFKC, casefolded, single spaces, without quotes, marks and a last full stop."""
+    """The form in which texts are compared: NFKC, casefolded, single spaces, no quotes, marks or last full stop."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'").casefold()
     return " ".join(text.split()).strip("\"'`*$ ").rstrip(".!").strip("\"'`*$ ")
 

@@ -1,7 +1,6 @@
-"""GRPO on rewards that can be checked: policy folder in, better policy folder out, held-out tasks scored on either side."""
+"""GRPO on rewards that can be checked: policy folder in, policy folder out, held-out tasks scored on either side."""
 
 import functools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from equipoise.eval.generation.engine import GenerationSettings, end_tokens
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.grpo_trainer import COST, RewardFunction, VerifiableTrainer
 from equipoise.train.losses.lagrange import ALL, Multipliers
-from equipoise.train.model import default_device, load_policy, merged, peft_config, save_adapter, save_policy
+from equipoise.train.model import default_device, load_policy, peft_config
 from equipoise.train.pairs import encode_turns
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_rl import GRPOStageConfig
@@ -38,7 +37,13 @@ from equipoise.train.scorer import check_scorer, load_scorer
 from equipoise.train.stage_tasks import StageTasks, judged_categories, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.task_scores import TaskScores, score_tasks
-from equipoise.train.training import STATE_FILE, TrainingError, examples_per_step, train, training_arguments
+from equipoise.train.training import (
+    TrainingError,
+    examples_per_step,
+    save_trained,
+    train,
+    training_arguments,
+)
 
 BEFORE_FILE = "tasks_before.json"
 """Scores of the policy that the stage started from: a resumed stage does not ask again."""
@@ -47,7 +52,7 @@ BEFORE_FILE = "tasks_before.json"
 def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageContext) -> StageResult:
     """Train one stage from the model folder `policy`; resumes from its last complete checkpoint."""
     started = time.perf_counter()
-    recipe, folder = context.recipe, context.stage_dir(name)
+    recipe = context.recipe
     num_prompts = prompts_per_step(stage)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
     tasks = stage_tasks(stage, context.data, recipe.seed)
@@ -70,20 +75,15 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
     terms = CategoryTerms(CategoryConfig(weight=stage.weight), names, [task.category for task in drawn])
     trainer = _trainer(name, stage, model, tokenizer, drawn, names, terms, num_steps, context)
     train(trainer, name, stage, context, trainer.load_state_dict)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.is_main_process:
-        save_adapter(trained, policy, folder / "adapter")
-    final = merged(trained)
-    model_folder = folder / "model"
-    if trainer.accelerator.is_main_process:
-        save_policy(final, tokenizer, model_folder)
-        write_aside(folder / STATE_FILE, json.dumps(trainer.state_dict()) + "\n")
-    trainer.accelerator.wait_for_everyone()
+    model_folder = save_trained(trainer, policy, context.stage_dir(name))
+    if trainer.multipliers is not None:
+        facts["multipliers"] = trainer.multipliers.metrics()
     if before is not None:
-        after = _ask(name, stage, final, tokenizer, tasks.held_out, context, "after")
+        shipped, _ = load_policy(recipe.model, model_folder)  # as it is saved: merged, in the weights' dtype
+        after = _ask(name, stage, shipped.to(default_device()), tokenizer, tasks.held_out, context, "after")
         context.log(after.metrics(), num_steps, name)
         facts |= {"tasks_before": before.facts(), "tasks_after": after.facts()}
-    return StageResult(str(model_folder), time.perf_counter() - started, facts)
+    return StageResult(model_folder, time.perf_counter() - started, facts)
 
 
 def prompts_per_step(stage: GRPOStageConfig) -> int:

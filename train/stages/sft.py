@@ -1,17 +1,19 @@
 """Supervised fine-tuning on the chosen answers: policy folder in, policy folder out."""
 
 import time
+from dataclasses import replace
 
 from accelerate.utils import set_seed
 from trl import SFTConfig
 
-from equipoise.data.schema import PreferencePair
+from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
-from equipoise.train.answers import encode_chosen
+from equipoise.train.answers import chosen_answers, encode_answers
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
 from equipoise.train.recipe_stages import CategoryConfig, SFTStageConfig
 from equipoise.train.sft_trainer import SupervisedTrainer
+from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import benign_answers, draw, frozen_copy_of
 from equipoise.train.stages.preference import select_pairs
@@ -25,22 +27,34 @@ def safe_choices(stage: SFTStageConfig, data: SafetyData) -> tuple[list[Preferen
     return kept, len(pairs) - len(kept)
 
 
+def stage_answers(stage: SFTStageConfig, context: StageContext) -> tuple[list[UnpairedExchange], int]:
+    """What the stage trains on, and how many answers were left out because they are labelled unsafe."""
+    if stage.tasks_of is not None:
+        seed = context.recipe.seed
+        tasks = stage_tasks(context.recipe.stages[stage.tasks_of], context.data, seed)
+        return demonstrations(tasks, stage.abstention_rate, seed), 0
+    pairs, num_unsafe = safe_choices(stage, context.data)
+    return chosen_answers(pairs), num_unsafe
+
+
 def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext) -> StageResult:
     """Train one stage from the model folder `policy`; resumes from its last complete checkpoint."""
     started = time.perf_counter()
     recipe, folder = context.recipe, context.stage_dir(name)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
     model, tokenizer = load_policy(recipe.model, policy, context.say)
-    pairs, num_unsafe = safe_choices(stage, context.data)
+    exchanges, num_unsafe = stage_answers(stage, context)
     if num_unsafe:
         context.say(f"{name}: {num_unsafe} chosen answers are labelled unsafe and left out")
-    encoded = encode_chosen(pairs, tokenizer, recipe.data.max_length)
+    encoded = encode_answers(exchanges, tokenizer, recipe.data.max_length)
     if encoded.too_long:
         context.say(
-            f"{name}: {len(encoded.too_long)} of {len(pairs)} answers are longer than data.max_length="
+            f"{name}: {len(encoded.too_long)} of {len(exchanges)} answers are longer than data.max_length="
             f"{recipe.data.max_length} tokens and left out (first: {', '.join(encoded.too_long[:3])})"
         )
-    rows, names, num_steps = draw(encoded.dataset, stage, examples_per_step(stage), recipe.seed)
+    # Tasks are drawn alike, as `draw` does with what is not helpful.
+    drawn_by = replace(stage, mixture={"safety": 1.0}) if stage.tasks_of is not None else stage
+    rows, names, num_steps = draw(encoded.dataset, drawn_by, examples_per_step(stage), recipe.seed)
     terms = CategoryTerms(
         CategoryConfig(weight=stage.weight),
         names,
