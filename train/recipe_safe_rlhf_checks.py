@@ -6,6 +6,7 @@ from pathlib import Path
 from equipoise.data.schema import HELPFUL
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import Problems, at_least, positive, share_of_one
+from equipoise.train.recipe_grpo_checks import check_vllm
 from equipoise.train.recipe_rl import MultiplierUpdateConfig, RolloutConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_stages import (
     CostModelStageConfig,
@@ -134,7 +135,7 @@ def _check_rollout(path: str, rollout: RolloutConfig, recipe: Recipe, problems: 
         )
         problems.add(f"{path}.max_new_tokens", reason)
     at_least(1, f"{path}.batch_size", rollout.batch_size, problems)
-    positive(f"{path}.vllm.timeout", rollout.vllm.timeout, problems)
+    check_vllm(f"{path}.vllm", rollout.vllm, problems)
 
 
 def _check_scorer(

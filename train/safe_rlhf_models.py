@@ -282,5 +282,5 @@ def _separate_critic(config: ModelConfig, folder: str | None, policy_folder: str
 
 def _checkpoint_activations(model: nn.Module, config: ModelConfig) -> None:
     if config.gradient_checkpointing:
-        base = base_causal_lm(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        kwargs = {"use_reentrant": False}
+        base_causal_lm(model).activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)

@@ -55,7 +55,14 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         check_scorer(scorer, kind, models.tokenizer, f"stages.{name}.{kind}_model")
     ends = end_tokens(base_causal_lm(models.policy), models.tokenizer)
     draws, num_steps, facts = _draws(name, stage, models.tokenizer, context)
-    thresholds = constrained(stage.multiplier, draws.names)
+    multipliers = Multipliers(
+        constrained(stage.multiplier, draws.names)
+        if stage.multiplier.per_category
+        else {ALL: stage.multiplier.threshold},
+        initial=stage.multiplier.initial,
+        maximum=stage.multiplier.max,
+        window=stage.multiplier.window,
+    )
     trainer = SafeRLHFTrainer(
         models=models,
         stage=stage,
@@ -65,12 +72,7 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         ends=ends,
         reward=partial(models.score, "reward"),
         cost=partial(models.score, "cost"),
-        multipliers=Multipliers(
-            thresholds if stage.multiplier.per_category else {ALL: stage.multiplier.threshold},
-            initial=stage.multiplier.initial,
-            maximum=stage.multiplier.max,
-            window=stage.multiplier.window,
-        ),
+        multipliers=multipliers,
         ptx=_ptx(stage, models.tokenizer, ends, context),
         folder=folder / "checkpoints",
         seed=recipe.seed,
@@ -94,7 +96,7 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         "num_steps": num_steps,
         **facts,
         **trainer.counts,
-        **{name: round(value, 4) for name, value in trainer.multipliers.metrics().items()},
+        **{name: round(value, 4) for name, value in multipliers.metrics().items()},
         "phase_seconds": {phase: round(seconds, 1) for phase, seconds in trainer.seconds.items()},
         "phase_memory_bytes": trainer.memory.peaks,
     }
@@ -182,7 +184,11 @@ def _draws(
     drawn, names, num_steps = draw(
         Dataset.from_list(rows), stage, examples_per_step(stage) // stage.num_generations, recipe.seed
     )
-    facts = {"num_prompts": len(rows), "num_too_long": len(too_long), "num_draws": len(drawn)}
+    facts: dict[str, object] = {
+        "num_prompts": len(rows),
+        "num_too_long": len(too_long),
+        "num_draws": len(drawn),
+    }
     draws = Draws(list(drawn["prompt_ids"]), list(drawn["category_index"]), tuple(names))
     return draws, num_steps, facts
 
