@@ -178,6 +178,7 @@ def _check_cost(
 
 
 def check_vllm(path: str, vllm: VLLMConfig, problems: Problems) -> None:
+    """Note a vLLM server that could not be talked to."""
     positive(f"{path}.timeout", vllm.timeout, problems)
     if vllm.enabled and importlib.util.find_spec("vllm") is None:
         problems.add(
