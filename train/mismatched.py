@@ -35,10 +35,9 @@ def passed_on(block: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[in
     if len(block) == 1:
         return list(block)
 
-    def rotated(places: int) -> list[int]:
-        return [block[i - places] for i in range(len(block))]
-
     def num_equal(places: int) -> int:
-        return sum(prompts[i] == prompts[k] for i, k in zip(block, rotated(places), strict=True))
+        return sum(prompts[i] == prompts[block[n - places]] for n, i in enumerate(block))
 
-    return rotated(min(range(1, len(block)), key=num_equal))
+    # Almost always one place will do.
+    places = 1 if not num_equal(1) else min(range(1, len(block)), key=num_equal)
+    return [block[n - places] for n in range(len(block))]
