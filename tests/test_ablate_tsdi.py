@@ -127,7 +127,7 @@ def test_answers_are_those_of_decoding_each_point_by_itself(
     for point in tsdi.points_of(options):
         alone = tsdi._load(options, tsdi.points_of(options), tsdi.Console(stderr=True))
         for suite in alone.suites:
-            for answer in alone.answer(point, suite)[0]:
+            for answer in (answer for batch, _ in alone.answers(point, suite) for answer in batch):
                 (shared,) = [line for line in lines if (line["point"], line["id"]) == (point.name, answer.id)]
                 assert shared["response"] == answer.response
                 by_point.setdefault(point.name, set()).add(answer.response)

@@ -9,12 +9,12 @@ is what training made of the reference's own, which is at most 0. Taking out alp
 
     m_alpha = m_0 - alpha * (b_i(a_i) - b_i(r_i))
 
-(the normaliser cancels), so that decoding keeps the aligned model's way up to alpha = m_0 / (b_i(a_i) - b_i(r_i)) and
-goes the reference's beyond. The bias is the same for every prompt, m_0 is not: a model stays safe where on harmful
-prompts its margins are large against the bias, that is, where most of what training gained there depends on the prompt.
+(the normaliser cancels), so that beyond alpha = m_0 / (b_i(a_i) - b_i(r_i)) decoding goes the reference's way. The bias
+is the same for every prompt, m_0 is not: a model stays safe where on harmful prompts its margins are large against the
+bias, that is, where most of what training gained there depends on the prompt. Below that alpha already a third token
+may win, one that training made rarer everywhere: the more, the larger alpha. A plausibility limit keeps those out.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,19 +37,23 @@ KEPT = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Forks:
-    """Where the aligned model's first tokens leave the reference's way, and by how much."""
+    """Where the aligned model's first tokens leave the reference's way, and what decoding says there."""
 
     alphas: tuple[float, ...]
     """Ascending; 0 and 1 are among them."""
+    said: Tensor
+    """(num_prompts, L): the aligned model's opening."""
+    would_say: Tensor
+    """(num_prompts, L): the reference's next token after the same tokens."""
+    decoded: Tensor
+    """(num_prompts, L, len(alphas)): the token that decoding with alpha takes after the same tokens."""
     margins: Tensor
-    """(num_prompts, L, len(alphas)) fp32, nats: m_alpha; infinite where the reference would say the same."""
-    reference_margins: Tensor
-    """(num_prompts, L) fp32, nats, at most 0: the same margin under the reference."""
+    """(num_prompts, L, 3) fp32, nats: m_0, m_1, and the margin under the reference."""
 
     @property
     def num_prompts(self) -> int:
         """Prompts looked at."""
-        return len(self.margins)
+        return len(self.said)
 
     @property
     def num_changed(self) -> int:
@@ -57,26 +61,27 @@ class Forks:
         return int(self._changed.sum())
 
     def kept_rate(self, alpha: float) -> tuple[float, float, float]:
-        """Share of the changed prompts that keep their way at the first fork, with Wilson's interval."""
-        kept = int((self._at_first_fork(alpha) > 0).sum())
+        """Share of the changed prompts that decoding keeps on the aligned way at their first fork; Wilson interval."""
+        kept = int(self._kept(alpha).all(-1)[self._changed].sum())
         low, high = wilson_interval(kept, self.num_changed)
         return (kept / self.num_changed if self.num_changed else 1.0), low, high
 
-    def kept_throughout_rate(self, alpha: float) -> tuple[float, float, float]:
-        """The same at every fork of the opening; lower, since another wording of the same answer is lost, too."""
-        kept = int((self._at(alpha)[self._changed] > 0).all(-1).sum())
-        low, high = wilson_interval(kept, self.num_changed)
-        return (kept / self.num_changed if self.num_changed else 1.0), low, high
+    def reverted_rate(self, alpha: float) -> float:
+        """Share of the changed prompts that take the reference's token at the first fork; others take a third."""
+        first = self._first_fork[:, None]
+        before = (self._kept(alpha) | (torch.arange(self.said.shape[1]) == first)).all(-1)
+        at_fork = self._decoded(alpha).gather(1, first) == self.would_say.gather(1, first)
+        reverted = int((before & at_fork.squeeze(1))[self._changed].sum())
+        return reverted / self.num_changed if self.num_changed else 0.0
 
     @property
     def bias_share(self) -> float | None:
         """Share of what training gained at the first forks that the token bias explains; None where nothing changed."""
         if not self.num_changed:
             return None
-        first = self._first_fork[self._changed, None]
-        before = self._at_first_fork(0.0)
-        gained = before - self.reference_margins[self._changed].gather(1, first).squeeze(1)
-        return float((before - self._at_first_fork(1.0)).sum() / gained.sum())
+        at_fork = self.margins[torch.arange(self.num_prompts), self._first_fork][self._changed]
+        before, corrected, reference = at_fork.sum(0).tolist()
+        return (before - corrected) / (before - reference)
 
     @property
     def suggested_alpha(self) -> float:
@@ -89,22 +94,20 @@ class Forks:
         return suggested
 
     @property
-    def _forks(self) -> Tensor:
-        return self._at(0.0).isfinite()
-
-    @property
     def _changed(self) -> Tensor:
-        return self._forks.any(-1)
+        return (self.said != self.would_say).any(-1)
 
     @property
     def _first_fork(self) -> Tensor:
-        return self._forks.int().argmax(-1)
+        return (self.said != self.would_say).int().argmax(-1)
 
-    def _at(self, alpha: float) -> Tensor:
-        return self.margins[..., self.alphas.index(alpha)]
+    def _decoded(self, alpha: float) -> Tensor:
+        return self.decoded[..., self.alphas.index(alpha)]
 
-    def _at_first_fork(self, alpha: float) -> Tensor:
-        return self._at(alpha).gather(1, self._first_fork[:, None]).squeeze(1)[self._changed]
+    def _kept(self, alpha: float) -> Tensor:
+        """(num_prompts, L): decoding takes the aligned token, or the first fork is past."""
+        past = torch.arange(self.said.shape[1]) > self._first_fork[:, None]
+        return (self._decoded(alpha) == self.said) | past
 
 
 def find_forks(
@@ -117,17 +120,17 @@ def find_forks(
     batch_size: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Forks:
-    """Forks and their margins for every one of `alphas`, and for 0 and 1.
+    """Forks, and what decoding with every one of `alphas`, and with 0 and 1, says there.
 
     Harmful prompts are what to look at, and best those of training: the suites are for judging. With `reference=None`,
     `aligned` is LoRA-wrapped and its base the reference. Where the token bias has one alpha a position, `alphas`
-    multiply them. Under a plausibility limit the margins are those of decoding with it.
+    multiply them. A plausibility limit counts as in decoding, but not in the margins.
     """
     every = tuple(sorted({0.0, 1.0, *alphas}))
     settings = token_bias.settings
     correction = scaled(token_bias.bias, settings.alpha if isinstance(settings.alpha, tuple) else 1.0)
     rows = encode_prompts(tokenizer, prompts)
-    margins, reference_margins = [], []
+    parts: list[tuple[Tensor, ...]] = []
     models = (aligned,) if reference is None else (aligned, reference)
     with inference(*models):
         for start in range(0, len(rows), batch_size):
@@ -139,19 +142,22 @@ def find_forks(
             with aligned.disable_adapter() if reference is None else nullcontext():
                 other = aligned if reference is None else reference
                 reference_logits = continuation_logits(other, *batch, opening)
-            said = opening.cpu()
-            would_say = reference_logits.argmax(-1)
-            each = [
-                _margin(take_out(logits, alpha * correction, settings.plausibility), said, would_say)
-                for alpha in every
+            # An opening goes on to its L tokens: the reference does not end it either.
+            reference_logits[..., tokenizer.eos_token_id] = -torch.inf
+            said, would_say = opening.cpu(), reference_logits.argmax(-1)
+            logits[..., tokenizer.eos_token_id] = -torch.inf
+            decoded = [
+                take_out(logits, alpha * correction, settings.plausibility).argmax(-1) for alpha in every
             ]
-            same = (said == would_say)[..., None]
-            margins.append(torch.stack(each, dim=-1).masked_fill(same, math.inf))
-            reference_margins.append(_margin(reference_logits, said, would_say))
+            margins = [
+                _margin(each, said, would_say) for each in (logits, logits - correction, reference_logits)
+            ]
+            parts.append((said, would_say, torch.stack(decoded, dim=-1), torch.stack(margins, dim=-1)))
             if progress is not None:
                 progress(min(start + batch_size, len(rows)), len(rows), "openings")
     # Outside of inference mode, so that they are tensors like any other.
-    return Forks(every, torch.cat(margins).clone(), torch.cat(reference_margins).clone())
+    said, would_say, all_decoded, all_margins = (torch.cat(part).clone() for part in zip(*parts, strict=True))
+    return Forks(every, said, would_say, all_decoded, all_margins)
 
 
 def _opening(

@@ -60,7 +60,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--grid", action="store_true", help="all combinations in place of one factor at a time")
     add("--max-prompts-per-category", type=int, metavar="NUM", help="of either suite; all otherwise")
     add("--max-new-tokens", type=int, default=64)
-    add("--batch-size", type=int, default=32, help="prompts answered at a time (32)")
+    add("--batch-size", type=int, default=16, help="prompts answered, judged and saved at a time (16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both models (float32)")
     add("--seed", type=int, default=0, help="of the random prompts (0)")
     return parser
@@ -170,16 +170,20 @@ class Ablation:
         settings = settings_of(point, self.options.seed)
         return TokenBias(measured.bias[kept], measured.mean_probability[kept], settings)
 
-    def answer(self, point: Point, suite: str) -> tuple[list[Answer], int]:
-        """Answers of the point that are missing, and how many of them had to be decoded to their end."""
+    def answers(self, point: Point, suite: str) -> Iterator[tuple[list[Answer], int]]:
+        """Answers of the point that are missing, batch by batch, and how many had to be decoded to their end."""
         asked = [
             exchange
             for exchange in self.suites[suite]
             if (point.name, suite, exchange.id) not in self.store.answers
         ]
-        if not asked:
-            return [], 0
-        bias = self.token_bias(point)
+        bias = self.token_bias(point) if asked else None
+        for start in range(0, len(asked), self.options.batch_size):
+            yield self._answer(point, suite, asked[start : start + self.options.batch_size], bias)
+
+    def _answer(
+        self, point: Point, suite: str, asked: list[Exchange], bias: TokenBias | None
+    ) -> tuple[list[Answer], int]:
         openings = self._texts(asked, self.num_opening_tokens, bias)
         known = {
             exchange.id: self.store.by_opening.get((suite, exchange.id, opening))
@@ -237,10 +241,10 @@ def run(options: argparse.Namespace) -> int:
     with _progress(console, len(points) * len(ablation.suites)) as advance:
         for point in points:
             for suite in ablation.suites:
-                answers, num_new = ablation.answer(point, suite)
-                ablation.store.add(answers)
-                num_decoded += num_new
-                num_answers += len(answers)
+                for answers, num_new in ablation.answers(point, suite):
+                    ablation.store.add(answers)
+                    num_decoded += num_new
+                    num_answers += len(answers)
                 advance(f"{point.name}, {suite}")
     if num_answers:
         console.print(

@@ -94,17 +94,17 @@ def _diagnose(
     rate, low, high = found.kept_rate(alpha)
     share = "none" if found.bias_share is None else f"{found.bias_share:.0%}"
     context.say(
-        f"{name}: {found.num_changed} of {found.num_prompts} harmful training prompts are answered otherwise than before "
-        f"from the first words on; with alpha {stage.alpha}, {rate:.0%} [{low:.0%}, {high:.0%}] of them still are, and "
-        f"up to alpha {found.suggested_alpha:g} it is {KEPT:.0%} or more (the token bias explains {share} of what "
-        f"training gained there)"
+        f"{name}: {found.num_changed} of {found.num_prompts} harmful training prompts are answered otherwise than "
+        f"before, from the first words on; with alpha {stage.alpha}, {rate:.0%} [{low:.0%}, {high:.0%}] of them still "
+        f"are, and up to alpha {found.suggested_alpha:g} it is {KEPT:.0%} or more (the token bias explains {share} of "
+        "what training gained there)"
     )
     return {
         "num_prompts": found.num_prompts,
         "num_changed": found.num_changed,
         "bias_share": found.bias_share,
         "kept_rate": {f"{each:g}": found.kept_rate(each)[0] for each in found.alphas},
-        "kept_throughout_rate": {f"{each:g}": found.kept_throughout_rate(each)[0] for each in found.alphas},
+        "reverted_rate": {f"{each:g}": found.reverted_rate(each) for each in found.alphas},
         "suggested_alpha": found.suggested_alpha,
     }
 
