@@ -228,7 +228,7 @@ class SafeRLHFTrainer:
                 with self.models.training(POLICY):
                     with self.accelerator.autocast():
                         loss = -self.models.log_probs(batch).sum() / num_ptx_tokens
-                    self._backward(self.stage.ptx_coef * loss, step)
+                    self._backward(self.stage.ptx_coef * loss, batch, POLICY)
                 ptx_sum += loss.detach()
             self._optimize(step)
         if not ptx:
@@ -263,7 +263,7 @@ class SafeRLHFTrainer:
             if self.stage.advantage == "grpo":
                 pull = ppo.answer_mean(k3(log_probs, experience.ref_log_probs), experience.mask)
                 loss = loss + self.stage.kl / 2 * pull
-            self._backward(loss.sum() / num_valid, experience)
+            self._backward(loss.sum() / num_valid, experience.batch, POLICY)
         experience.add("clipped", clipped)
         experience.add("actor_loss", loss)
 
@@ -278,16 +278,15 @@ class SafeRLHFTrainer:
                 experience.mask,
                 clip=self.stage.clip_value,
             )
-            self._backward(loss.sum() / num_valid, experience)
+            self._backward(loss.sum() / num_valid, experience.batch, critic(kind))
         experience.add(f"{kind}_critic_loss", loss)
 
-    def _backward(self, loss: Tensor, where: "Experience | int") -> None:
+    def _backward(self, loss: Tensor, batch: RolloutBatch, role: str) -> None:
         if not torch.isfinite(loss):
-            what = where if isinstance(where, int) else [e.slot for e in where.batch.episodes]
+            slots = [episode.slot for episode in batch.episodes]
             raise TrainingError(
-                f"the loss is not finite ({'step' if isinstance(where, int) else 'answers'} {what}). Lower "
-                "learning_rate or critic_learning_rate, or train in float32 (model.dtype=float32); nothing after the "
-                "last checkpoint is kept."
+                f"the loss of the {role} is not finite (answers {slots}). Lower its learning rate, or train in "
+                "float32 (model.dtype=float32); nothing after the last checkpoint is kept."
             )
         self.accelerator.backward(loss)
 

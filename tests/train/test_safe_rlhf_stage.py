@@ -280,6 +280,8 @@ def test_values_that_cannot_work(keys: dict[str, Any], key: str, reason: str) ->
 def test_shared_needs_adapters() -> None:
     found = problems_of(chain(), model=ModelConfig(lora=LoraConfig(enabled=False)))
     assert "no adapters to share a backbone" in found["stages.rl.layout"]
+    found = problems_of(chain(), model=ModelConfig(reference="frozen_copy"))
+    assert "the reference is the bare backbone" in found["model.reference"]
 
 
 def test_what_the_data_cannot_serve(make_data: Any) -> None:
