@@ -19,6 +19,17 @@ class Prompted(Protocol):
 Record = TypeVar("Record", bound=Prompted)
 
 
+class _Spaced(dict[int, int]):
+    """Code point -> itself, or a space for punctuation, separators and control characters; filled as they occur."""
+
+    def __missing__(self, code: int) -> int:
+        self[code] = ord(" ") if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_SPACED = _Spaced()
+
+
 def normalise_prompt(prompt: str | Sequence[Turn]) -> str:
     """The form by which prompts are compared: two that differ in case, punctuation or spacing are one.
 
@@ -27,7 +38,7 @@ def normalise_prompt(prompt: str | Sequence[Turn]) -> str:
     """
     text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
     text = unicodedata.normalize("NFKC", text).casefold().replace("'", "").replace("\u2019", "")
-    words = "".join(" " if unicodedata.category(char)[0] in "PZC" else char for char in text).split()
+    words = text.translate(_SPACED).split()
     return " ".join(words or text.split())
 
 

@@ -66,6 +66,9 @@ SHIPPED_PARTS: dict[str, Callable[[], list[PreferencePair]]] = {
 """The shipped training pairs, as parts of a mixture."""
 
 
+_ALWAYS_TOLD = ("read", "other", "held_out", "dropped_in_suites")
+
+
 @dataclass(frozen=True)
 class SafetyData:
     """Everything a run trains on and is judged on."""
@@ -279,15 +282,13 @@ def _counts(parts: dict[str, _Part], mixture: Counter[str]) -> dict[str, int]:
     for part in parts.values():
         counts.update({f"left out: {reason}": number for reason, number in part.records.left_out.items()})
         counts.update(part.records.notes)
-    return dict(
-        counts + mixture | {name: counts[name] for name in ("read", "other", "held_out", "dropped_in_suites")}
-    )
+    return {**dict.fromkeys(_ALWAYS_TOLD, 0), **(counts + mixture)}
 
 
 def _told(parts: dict[str, _Part], mixture: Counter[str]) -> str:
     counts = _counts(parts, mixture)
     of_pairs = sum(len(part.records.pairs) for part in parts.values())
-    reasons = [f"{number} {reason}" for reason, number in counts.items() if reason not in _ALWAYS]
+    reasons = [f"{number} {reason}" for reason, number in counts.items() if reason not in _ALWAYS_TOLD]
     return "; ".join(
         [
             f"of {counts['read']} rows read and {of_pairs} pairs, {counts['dropped_in_suites']} records have a prompt "
@@ -295,9 +296,6 @@ def _told(parts: dict[str, _Part], mixture: Counter[str]) -> str:
             *reasons,
         ]
     )
-
-
-_ALWAYS = ("read", "other", "held_out", "dropped_in_suites")
 
 
 def _held_out_exchange(pair: PreferencePair, reference: str | None) -> Exchange:

@@ -17,6 +17,6 @@ class Records:
     num_read: int = 0
     """Rows or lines read."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Reason -> rows left out because of it."""
+    """Reason -> rows left out because of it, or one of the two pairs of a row."""
     notes: Counter[str] = field(default_factory=Counter)
     """What was done to records that are there: "both answers unsafe, kept" ..."""
