@@ -1,4 +1,4 @@
-"""Single answers as batches `[prompt | answer]`, short ones in one row: for SFT and KTO, and for KL beside the pairs."""
+"""Single answers as batches `[prompt | answer]`, short ones sharing a row: for SFT, KTO, and KL beside the pairs."""
 
 import random
 from collections.abc import Mapping, Sequence
