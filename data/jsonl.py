@@ -70,7 +70,7 @@ class Line:
         return None
 
     def category(self) -> str:
-        """A category id or `helpful`; `OTHER` where the field is absent or null.
+        """A category id or `helpful`; `OTHER` where the field is absent, null or an empty list.
 
         With a crosswalk the field may hold its labels, one or a list; labels that speak of no harm are `helpful`.
         Without one, a list of other people's labels is `OTHER`.
@@ -80,16 +80,11 @@ class Line:
         """
         value, labels, crosswalk = self.values.get("category"), self.labels(), self.crosswalk
         known = crosswalk.taxonomy if crosswalk else load_taxonomy()
-        if value is None:
+        if value is None or value == []:
             return OTHER
         if crosswalk and labels and all(crosswalk.knows(label) for label in labels):
             return crosswalk.category(labels) or HELPFUL
-        if (
-            isinstance(value, list)
-            and crosswalk is None
-            and labels
-            and not any(label in known for label in labels)
-        ):
+        if isinstance(value, list) and not crosswalk and not any(label in known for label in labels):
             return OTHER
         if not isinstance(value, str) or (value != HELPFUL and value not in known):
             found = repr(value) if isinstance(value, str) else _kind(value)

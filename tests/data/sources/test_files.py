@@ -66,6 +66,7 @@ def test_a_field_that_no_line_has_is_named(tmp_path: Path) -> None:
         ("llama_guard_2", "S9", "S10", 1),  # its own numbers come first
         ("qwen3guard", "None", "helpful", 1),
         ("pku_saferlhf", None, "OTHER", 0),
+        ("pku_saferlhf", [], "OTHER", 0),
     ],
 )
 def test_labels_are_mapped_by_the_crosswalk_and_kept(
