@@ -19,6 +19,8 @@ class UnpairedData:
     exchanges: list[UnpairedExchange]
     num_in_suites: int = 0
     """Dropped, because a suite that the run is judged on asks the same."""
+    num_unlabelled: int = 0
+    """Left out, because their labels do not say whether they are desirable."""
 
 
 def load_unpaired(path: str | Path, suites: Iterable[Exchange]) -> UnpairedData:
@@ -76,14 +78,15 @@ def _desirable(line: Line) -> bool:
     return False
 
 
-def from_labelled(exchanges: Sequence[LabelledExchange]) -> list[UnpairedExchange]:
-    """Labelled answers as unpaired ones, but for those whose labels do not say whether they are desirable."""
+def from_labelled(exchanges: Sequence[LabelledExchange]) -> UnpairedData:
+    """Labelled answers as unpaired ones, those whose labels do not say whether they are desirable left out."""
     labelled = [(exchange, _is_desirable(exchange)) for exchange in exchanges]
-    return [
+    found = [
         UnpairedExchange(e.id, e.prompt, e.response, desirable, e.category, e.source)
         for e, desirable in labelled
         if desirable is not None
     ]
+    return UnpairedData(found, num_unlabelled=len(labelled) - len(found))
 
 
 def _is_desirable(exchange: LabelledExchange) -> bool | None:

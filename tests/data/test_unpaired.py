@@ -90,8 +90,10 @@ def test_labelled_answers_by_what_their_labels_say() -> None:
         (HELPFUL, True, None): None,
     }
     for (category, safe, refusal), desirable in cases.items():
-        found = [exchange.desirable for exchange in from_labelled([labelled(category, safe, refusal)])]
-        assert found == ([] if desirable is None else [desirable])
+        found = from_labelled([labelled(category, safe, refusal)])
+        wanted = [] if desirable is None else [desirable]
+        assert [exchange.desirable for exchange in found.exchanges] == wanted
+        assert found.num_unlabelled == 1 - len(wanted)
 
 
 def test_a_pair_is_split_in_two() -> None:

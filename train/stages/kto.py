@@ -29,7 +29,7 @@ def stage_examples(stage: KTOStageConfig, config: DataConfig, data: SafetyData) 
         suites = [*data.harmful_prompts, *data.lookalike_prompts, *data.helpful_prompts]
         found = load_unpaired(config.unpaired_path, suites)
     else:
-        found = UnpairedData(from_labelled(data.labelled))
+        found = from_labelled(data.labelled)
     drawn = [e for e in found.exchanges if stage.mixture.get(subset_of(e), 0) > 0]
     return replace(found, exchanges=drawn)
 
@@ -47,6 +47,10 @@ def run_kto(name: str, stage: KTOStageConfig, policy: str, context: StageContext
         found = stage_examples(stage, recipe.data, context.data)
         if found.num_in_suites:
             context.say(f"{name}: {found.num_in_suites} answers left out, whose prompt a suite asks too")
+        if found.num_unlabelled:
+            context.say(
+                f"{name}: {found.num_unlabelled} answers left out, whose labels do not say whether they are desirable"
+            )
         examples = found.exchanges
         encoded = encode_answers(examples, tokenizer, recipe.data.max_length)
         if encoded.too_long:
@@ -66,6 +70,7 @@ def run_kto(name: str, stage: KTOStageConfig, policy: str, context: StageContext
             "num_examples": len(encoded.ids),
             "num_too_long": len(encoded.too_long),
             "num_in_suites": found.num_in_suites,
+            "num_unlabelled": found.num_unlabelled,
             "num_desirable_draws": num_desirable,
         }
         return Drawn(rows, names, ids, num_steps, facts)
