@@ -132,7 +132,7 @@ def test_the_stage_says_what_alpha_does_to_safety(
     assert forks["num_prompts"] == 6
     assert 0 < forks["num_changed"] <= 6
     assert set(forks["kept_rate"]) >= {"0", "0.7", "1", "2"}
-    assert f"keeps {forks['kept_rate']['0.7']:.0%} [" in said[-1]
+    assert f"with alpha 0.7, {forks['kept_rate']['0.7']:.0%} [" in said[-1]
     assert StageResult.from_json(result.to_json(), None).facts == result.facts
     result = run_token_bias("bias", replace(SMALL, num_diagnosed=0), policy, surroundings)
     assert "forks" not in result.facts
