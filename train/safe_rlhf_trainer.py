@@ -9,12 +9,12 @@ One step, on every rank:
     5. `update_epochs` optimizer steps over the answers; gradients are summed over ranks
 
 Losses are means over the valid answers of all ranks: every rank divides by the same count, so the sum of gradients is
-that of one process. The policy's backbone is not wrapped (DDP would want one forward for all roles); models that are
-sharded (FSDP, ZeRO-3) are refused. The random state of a step depends on seed, step and rank alone.
+that of one process. Models are not wrapped in DDP, which would want one forward for all roles of a backbone, and not
+sharded: the stage refuses FSDP and DeepSpeed. The random state of a step depends on seed, step and rank alone.
 
-Differences to PKU's safe-rlhf: the window holds the last answers of all ranks (theirs: of each rank, averaged); the
-policy's and the PTX gradient make one optimizer step (theirs: accumulated halves, which is the same up to the learning
-rate); AdamW's betas are PyTorch's; answers whose score is not finite are left out and counted.
+Differences to PKU's safe-rlhf: the window holds the last answers of all ranks (theirs: of each rank, averaged); the sum
+of the policy's and the PTX gradient makes a step (theirs: the mean, which AdamW's step does not notice); gradients
+are clipped a role; AdamW's betas are PyTorch's; answers whose score is not finite are left out and counted.
 """
 
 import json
@@ -49,7 +49,7 @@ from equipoise.train.step_table import StepTable
 from equipoise.train.training import STATE_FILE, TrainingError, checkpoints
 
 KEPT = 2
-"""Checkpoints."""
+"""Checkpoints; the older ones are removed."""
 
 
 @dataclass(frozen=True)
