@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from equipoise.data.files import write_aside
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.completion_head import add_completion_head
-from equipoise.train.group_log_probs import grouped, pays, shared_log_probs
 from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
@@ -26,6 +26,7 @@ from equipoise.train.pairs import can_share_prompt
 from equipoise.train.recipe_rl import GRPOStageConfig
 from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
+from equipoise.train.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.step_table import StepTable, mean_by_category
 from equipoise.train.training import STATE_FILE, TrainingError
 
@@ -91,7 +92,7 @@ class VerifiableTrainer(GRPOTrainer):
         add_completion_head(self.model)
         if self.ref_model is not None:
             add_completion_head(self.accelerator.unwrap_model(self.ref_model))
-        self._can_share = self.temperature == 1.0 and can_share_prompt(self.model, self._tokenizer)
+        self._can_share = can_share_prompt(self.model, self._tokenizer)
 
     # ---- sampling and rewards ---------------------------------------------------------------------------------
 
@@ -108,9 +109,13 @@ class VerifiableTrainer(GRPOTrainer):
         finite.__name__ = name
         return finite
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[Any] | None]:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], list[Any] | None]:
         """An answer without a token (a server may leave its end out) becomes its end token: it can be scored."""
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        if self._can_share and not self.use_vllm:
+            return self._sample(prompt_ids), None
+        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         end = [self.eos_token_ids[0]]
         if logprobs is not None:
             # None: not known; TRL then takes the ratio to the sampler as 1.
@@ -118,6 +123,23 @@ class VerifiableTrainer(GRPOTrainer):
                 values if ids else [None] for ids, values in zip(completion_ids, logprobs, strict=True)
             ]
         return [ids or end for ids in completion_ids], logprobs
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """TRL's sampling by `generate`, with the prompt encoded once a group; each answer up to its end token."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            answers = sample_shared(model, prompt_ids, self.generation_config).tolist()
+        ends = set(self.eos_token_ids)
+        lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in answers]
+        return [ids[:length] for ids, length in zip(answers, lengths, strict=True)]
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: Any
@@ -207,7 +229,7 @@ class VerifiableTrainer(GRPOTrainer):
 
         Only at temperature 1, where the policy's own log-probabilities are those of the sampling.
         """
-        if not self._can_share or kwargs.get("compute_aux_loss"):
+        if not self._can_share or self.temperature != 1.0 or kwargs.get("compute_aux_loss"):
             return None
         size = batch_size or len(input_ids)
         chunks = [

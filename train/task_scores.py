@@ -32,7 +32,7 @@ class TaskScores:
     def facts(self) -> dict[str, Any]:
         """For summary.json: overall and per category, n, each rate with its Wilson interval, the score with its t one.
 
-        Where nothing can be correct (`unanswerable`), abstaining is what is right; `right_rate` counts both.
+        Where nothing can be correct (`unanswerable`), abstaining is what is right.
         """
         names = [ALL, *dict.fromkeys(self.categories)]
         return {name: self._of(name) for name in names}

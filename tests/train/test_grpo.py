@@ -205,13 +205,13 @@ def test_bad_rewards_and_empty_answers_are_counted_and_teach_nothing(
 
 def test_an_answer_without_a_token_becomes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = object.__new__(grpo.VerifiableTrainer)
-    trainer.eos_token_ids = [2, 7]
+    trainer.eos_token_ids, trainer._can_share = [2, 7], False
     monkeypatch.setattr(
         grpo.VerifiableTrainer.__mro__[1],
         "_generate_single_turn",
-        lambda self, *args: ([[5, 2], []], [[-0.5, -0.1], []]),
+        lambda self, *args, **kwargs: ([[5, 2], []], [[-0.5, -0.1], []]),
     )
-    assert trainer._generate_single_turn() == ([[5, 2], [2]], [[-0.5, -0.1], [None]])
+    assert trainer._generate_single_turn([[1], [1]]) == ([[5, 2], [2]], [[-0.5, -0.1], [None]])
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Log-probabilities of sampled answers with the prompt encoded once a group: `[prompt | answer | answer | ...]`.
+"""The prompt encoded once a group: sampling from one cache, scoring rows `[prompt | answer | answer | ...]`.
 
-GRPO scores several answers a prompt. Where answers are short beside the prompt (a number, a verdict, a refusal), rows
-of their own repeat the prompt for most of the work.
+GRPO samples and scores several answers a prompt. Where answers are short beside the prompt (a number, a verdict, a
+refusal), rows of their own repeat the prompt for most of the work.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from equipoise.eval.generation.batches import left_pad
 from equipoise.train.completion_head import base_causal_lm, lm_head
 from equipoise.train.losses.log_probs import token_entropy
 from equipoise.train.pairs import Block, collate_blocks, pair_attention_mask
@@ -38,6 +40,35 @@ def grouped(
             blocks.setdefault(prompt, []).append(answer)
             rows.setdefault(prompt, []).append(row)
     return [(list(prompt), answers) for prompt, answers in blocks.items()], list(rows.values())
+
+
+@torch.no_grad()
+def sample_shared(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Tensor:
+    """Answers (B, L) to `prompts` (B token lists, equal ones among them), as `model.generate` would sample them.
+
+    Every prompt but its last token goes through the model once; its cache is then copied to the rows that ask it.
+    """
+    unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
+    place = {prompt: i for i, prompt in enumerate(unique)}
+    input_ids, mask = left_pad(unique, config.pad_token_id, model.device)
+    rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
+    start: dict[str, Any] = {}
+    if input_ids.shape[1] > 1:
+        cache = DynamicCache(config=model.config)
+        model(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(rows)
+        start["past_key_values"] = cache
+    output = model.generate(
+        input_ids=input_ids[rows], attention_mask=mask[rows], generation_config=config, **start
+    )
+    return output[:, input_ids.shape[1] :]
 
 
 def pays(blocks: Sequence[Block], num_tokens: int) -> bool:

@@ -1,8 +1,8 @@
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from equipoise.train.completion_head import add_completion_head
-from equipoise.train.group_log_probs import grouped, pays, shared_log_probs
+from equipoise.train.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 
 # Two prompts, padded on the left, and their answers, padded on the right; the last answer is masked out.
 IDS = torch.tensor(
@@ -55,3 +55,20 @@ def test_long_answers_keep_rows_of_their_own() -> None:
     assert not pays(long, 8 * 250)
     assert not pays([([0] * 4000, [[0] * 50] * 8)], 8 * 4050)  # too wide a row
     assert not pays([], 100)
+
+
+def test_sampling_from_one_cache_a_prompt_is_sampling_from_the_prompts(tiny_model: LlamaForCausalLM) -> None:
+    short, long = [40, 41], [50, 51, 52, 53, 54]
+    prompts = [short, short, long, long, short]
+    sampling = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": [2], "do_sample": True, "top_k": 0}
+    config = GenerationConfig(**sampling)
+    torch.manual_seed(0)
+    shared = sample_shared(tiny_model, prompts, config)
+    torch.manual_seed(0)
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
+    apart = tiny_model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, 5:]
+    assert torch.equal(shared, apart)
+    assert len({tuple(row) for row in shared.tolist()}) == 5
+    one = sample_shared(tiny_model, [[40], [40]], config)  # nothing to keep of a prompt of one token
+    assert one.shape == (2, 6)
