@@ -12,7 +12,7 @@ is what training made of the reference's own, which is at most 0. Taking out alp
 (the normaliser cancels), so that beyond alpha = m_0 / (b_i(a_i) - b_i(r_i)) decoding goes the reference's way. The bias
 is the same for every prompt, m_0 is not: a model stays safe where on harmful prompts its margins are large against the
 bias, that is, where most of what training gained there depends on the prompt. Below that alpha already a third token
-may win, one that training made rarer everywhere: the more, the larger alpha; a plausibility limit keeps some of them out.
+may win, one that training made rarer everywhere: the more, the larger alpha. A plausibility limit keeps some out.
 """
 
 from collections.abc import Callable, Sequence
