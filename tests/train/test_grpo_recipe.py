@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,11 +9,9 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from equipoise.data.sources import SafetyData
-from equipoise.train import run as run_module
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe_data_checks import check_data
 from equipoise.train.recipe_loading import load_recipe
-from equipoise.train.run import run
 
 
 def loaded(*overrides: str) -> Recipe:
@@ -77,32 +78,48 @@ def test_tasks_that_nothing_rewards_are_said_before_a_model_is_loaded(
 
 
 @pytest.mark.slow
-def test_the_recipe_dry_runs_and_trains(
-    tmp_path: Path,
-    tiny_model_folder: Path,
-    make_data: Callable[..., SafetyData],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_module, "load_data", lambda *_: make_data())
-    common = [
+def test_a_group_may_be_spread_over_two_processes(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Four answers on each rank, compared as the eight of one question; every rank adds to the metrics."""
+    overrides = [
+        "recipe=rlvf",
+        "~stages.warm_up",
         "model=hub",
         f"model.id={tiny_model_folder}",
+        "model.dtype=float32",
+        "model.gradient_checkpointing=false",
         "data.max_length=256",
         f"output_dir={tmp_path}",
-        "stages.warm_up.num_steps=1",
-        "stages.answer.num_steps=3",
-        "stages.answer.per_device_batch_size=8",
-        "stages.answer.arithmetic.num_held_out=6",
+        "stages.answer.num_steps=2",
+        "stages.answer.per_device_batch_size=4",
+        "stages.answer.arithmetic.num_held_out=3",
+        "+stages.answer.weight.mode=group_dro",
+        "stages.answer.rewards={response_length: 1.0}",
+        "+stages.answer.length_limit=0",
     ]
-    assert run(loaded(*common, "dry_run=true")) == 0
-    assert "answer: tasks by category" in capsys.readouterr().out
-    assert run(loaded(*common)) == 0
-    folder = tmp_path / "rlvf" / "seed0"
-    summary = json.loads((folder / "summary.json").read_text())
-    facts = summary["stages"]["answer"]
-    assert facts["tasks_after"]["all"]["num_tasks"] == facts["num_held_out"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train/reward_calibrated_abstention" in line] == [1, 2, 3]
-    assert [line["step"] for line in lines if "tasks/score" in line] == [0, 3]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+    ]
+    done = subprocess.run(
+        [*command, *overrides],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "rlvf/seed0/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/num_answers" in line]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["train/num_answers"] == 8
+        assert step["train/num_flat_groups"] in (0, 1)  # one question
+        # 0 tokens score 0, the 8 of max_completion_length -1.
+        assert step["train/reward_response_length"] == pytest.approx(-step["train/num_tokens"] / 8)
