@@ -39,5 +39,10 @@ class DataConfig:
     """Share of the prompts kept out of training and judged (split by normalised prompt); not for samples."""
     max_length: int = 512
     """Tokens of prompt + longer completion; a longer pair is dropped and counted."""
+    max_too_long_rate: float = 0.5
+    """Share of a stage's examples that may be dropped so; above it nothing is trained."""
+    max_template_fault_rate: float = 0.0
+    """Share of a stage's examples that may be dropped because the chat template fails on them (the prompt is no prefix of
+    prompt + answer, no generation prompt, two BOS tokens); above it nothing is trained."""
     max_prompts_per_category: int | None = None
     """Judge at most this many held-out prompts a category (a quick look); None: all."""

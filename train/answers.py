@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from equipoise.data.errors import DataError
 from equipoise.data.schema import PreferencePair, UnpairedExchange
-from equipoise.train.pairs import collate_blocks, encode_answer, encode_turns, refuse_broken
+from equipoise.data.templates import ConversationEncoder, EncodingLimits
+from equipoise.train.pairs import collate_blocks
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,18 @@ class EncodedAnswers:
     """The answers' own ids, by row number."""
     too_long: list[str]
     """Ids of the answers dropped because prompt + answer exceed max_length."""
+    left_out: Sequence[str] = ()
+    """For the terminal: a line for every reason that answers were dropped."""
 
 
 def encode_chosen(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: EncodingLimits | None = None,
 ) -> EncodedAnswers:
     """Tokenise each pair's chosen answer behind its prompt; see `encode_answers`."""
-    return encode_answers(chosen_answers(pairs), tokenizer, max_length)
+    return encode_answers(chosen_answers(pairs), tokenizer, max_length, limits)
 
 
 def chosen_answers(pairs: Sequence[PreferencePair]) -> list[UnpairedExchange]:
@@ -40,33 +45,28 @@ def chosen_answers(pairs: Sequence[PreferencePair]) -> list[UnpairedExchange]:
 
 
 def encode_answers(
-    exchanges: Sequence[UnpairedExchange], tokenizer: PreTrainedTokenizerBase, max_length: int
+    exchanges: Sequence[UnpairedExchange],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: EncodingLimits | None = None,
 ) -> EncodedAnswers:
     """Tokenise each answer behind its prompt.
 
-    Raises DataError when the template's prompt is no prefix of prompt + answer, or nothing fits.
+    Raises DataError when the chat template fails, or too much is too long (`limits`).
     """
+    encoder = ConversationEncoder(tokenizer, max_length, limits or EncodingLimits())
     rows: list[dict[str, Any]] = []
     ids: list[str] = []
-    too_long: list[str] = []
-    broken: list[str] = []
     for exchange in exchanges:
-        prompt = encode_turns(tokenizer, exchange.prompt, prompt=True)
-        answer = encode_answer(tokenizer, exchange.prompt, prompt, exchange.response)
-        if not answer:
-            broken.append(exchange.id)
-        elif len(prompt) + len(answer) > max_length:
-            too_long.append(exchange.id)
-        else:
-            labels = {"desirable": exchange.desirable, "category": exchange.category, "example": len(rows)}
-            rows.append({"prompt_ids": prompt, "answer_ids": answer, **labels})
-            ids.append(exchange.id)
-    refuse_broken(broken, len(exchanges), "answers")
-    if not rows:
-        raise DataError(
-            f"none of {len(exchanges)} answers fits into data.max_length={max_length} tokens; raise data.max_length"
-        )
-    return EncodedAnswers(Dataset.from_list(rows), ids, too_long)
+        encoded = encoder.encode(exchange.id, exchange.prompt, (exchange.response,))
+        if encoded is None:
+            continue
+        prompt, (answer,) = encoded
+        labels = {"desirable": exchange.desirable, "category": exchange.category, "example": len(rows)}
+        rows.append({"prompt_ids": prompt, "answer_ids": answer, **labels})
+        ids.append(exchange.id)
+    encoder.check("answers")
+    return EncodedAnswers(Dataset.from_list(rows), ids, encoder.too_long, encoder.told("answers"))
 
 
 @dataclass

@@ -10,9 +10,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from equipoise.data.sources import SafetyData
+from equipoise.data.templates import encode_turns
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.memory import Memory, ModelSize, Training
-from equipoise.train.pairs import encode_turns
 from equipoise.train.recipe import Recipe
 from equipoise.train.stage_plans import Planning, plan_stage
 from equipoise.train.stages.context import Progress

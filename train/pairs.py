@@ -23,8 +23,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from equipoise.data.errors import DataError
-from equipoise.data.schema import PreferencePair, Turn
+from equipoise.data.schema import PreferencePair
+from equipoise.data.templates import ConversationEncoder, EncodingLimits
 
 PARTS = 3
 """A pair's segments: prompt, chosen, rejected."""
@@ -44,58 +44,30 @@ class EncodedPairs:
     """The pairs' own ids, by row number."""
     too_long: list[str]
     """Ids of the pairs dropped because prompt + longer answer exceed max_length."""
-
-
-def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], *, prompt: bool) -> list[int]:
-    """Token ids of a conversation through the chat template, with the assistant's header for a prompt."""
-    encoded = tokenizer.apply_chat_template(
-        list(turns), add_generation_prompt=prompt, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
-
-
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Turn], prompt_ids: list[int], text: str
-) -> list[int]:
-    """Token ids of the answer `text` behind `prompt_ids`; empty where the template changes the prompt's tokens."""
-    whole = encode_turns(tokenizer, [*prompt, {"role": "assistant", "content": text}], prompt=False)
-    return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else []
-
-
-def refuse_broken(ids: Sequence[str], num: int, what: str) -> None:
-    """Raise DataError when `encode_answer` found no answer for some of `num` pairs, answers ... (`what`)."""
-    if ids:
-        raise DataError(
-            f"{len(ids)} of {num} {what}: with this chat template the tokens of the prompt are not a prefix "
-            f"of those of prompt + answer, so the answer cannot be told apart (first: {', '.join(ids[:3])}). "
-            "Use a chat template that renders the prompt alike with and without an answer."
-        )
+    left_out: Sequence[str] = ()
+    """For the terminal: a line for every reason that pairs were dropped."""
 
 
 def encode_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerBase, max_length: int
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: EncodingLimits | None = None,
 ) -> EncodedPairs:
-    """Tokenise pairs; raises DataError when the template's prompt is no prefix of prompt + answer, or nothing fits."""
+    """Tokenise pairs; raises DataError when the chat template fails, or too much is too long (`limits`)."""
+    encoder = ConversationEncoder(tokenizer, max_length, limits or EncodingLimits())
     rows: list[dict[str, Any]] = []
     ids: list[str] = []
-    too_long: list[str] = []
-    broken: list[str] = []
     for pair in pairs:
-        prompt = encode_turns(tokenizer, pair.prompt, prompt=True)
-        answers = [
-            encode_answer(tokenizer, pair.prompt, prompt, text) for text in (pair.chosen, pair.rejected)
-        ]
-        if not all(answers):
-            broken.append(pair.id)
+        encoded = encoder.encode(pair.id, pair.prompt, (pair.chosen, pair.rejected))
+        if encoded is None:
             continue
-        if len(prompt) + max(map(len, answers)) > max_length:
-            too_long.append(pair.id)
-            continue
+        prompt, (chosen, rejected) = encoded
         rows.append(
             {
                 "prompt_ids": prompt,
-                "chosen_ids": answers[0],
-                "rejected_ids": answers[1],
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
                 "category": pair.category,
                 "pair": len(rows),
                 "unsafe_gap": int(pair.rejected_safe is False) - int(pair.chosen_safe is False),
@@ -104,12 +76,8 @@ def encode_pairs(
             }
         )
         ids.append(pair.id)
-    refuse_broken(broken, len(pairs), "pairs")
-    if not rows:
-        raise DataError(
-            f"none of {len(pairs)} pairs fits into data.max_length={max_length} tokens; raise data.max_length"
-        )
-    return EncodedPairs(Dataset.from_list(rows), ids, too_long)
+    encoder.check("pairs")
+    return EncodedPairs(Dataset.from_list(rows), ids, encoder.too_long, encoder.told("pairs"))
 
 
 def dataset_key(dataset: Dataset) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from equipoise.data.sampling import BALANCES
 from equipoise.data.schema import HELPFUL
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_checks import (
@@ -26,6 +27,7 @@ from equipoise.train.recipe_stages import (
     KTOStageConfig,
     LogRatioStageConfig,
     MergeStageConfig,
+    MixtureConfig,
     PreferenceStageConfig,
     ScorerStageConfig,
     SFTStageConfig,
@@ -53,6 +55,8 @@ def check_stages(recipe: Recipe, problems: Problems) -> None:
         check_source(f"{path}.start_from", stage.start_from, earlier, recipe, problems)
         if isinstance(stage, TrainingConfig):
             _check_training(path, stage, problems)
+        if isinstance(stage, MixtureConfig):
+            _check_balance(path, stage, problems)
         if isinstance(stage, PreferenceStageConfig):
             _check_preference_stage(path, stage, problems)
         elif isinstance(stage, KTOStageConfig):
@@ -125,6 +129,16 @@ def _check_mixture(path: str, mixture: Mapping[str, float], problems: Problems) 
             problems.unknown(f"{path}.mixture.{subset}", subset, SUBSETS)
     if not any(share > 0 for share in mixture.values()):
         problems.add(f"{path}.mixture", "every share is 0; at least one of safety, helpful must be above 0")
+
+
+def _check_balance(path: str, stage: MixtureConfig, problems: Problems) -> None:
+    problems.one_of(f"{path}.balance", stage.balance, BALANCES)
+    share_of_one(f"{path}.balance_temperature", stage.balance_temperature, problems)
+    if stage.balance != "temperature" and stage.balance_temperature != MixtureConfig.balance_temperature:
+        reason = f"found {stage.balance_temperature}, but {path}.balance={stage.balance} does not read it"
+        problems.add(f"{path}.balance_temperature", reason)
+    if stage.balance != "none" and isinstance(stage, SFTStageConfig) and stage.tasks_of is not None:
+        problems.add(f"{path}.balance", "found a balance, but the stage answers tasks; expected none")
 
 
 def _check_preference_stage(path: str, stage: PreferenceStageConfig, problems: Problems) -> None:

@@ -153,6 +153,12 @@ class MixtureConfig(TrainingConfig):
 
     mixture: dict[str, float] = field(default_factory=lambda: {"safety": 1.0})
     """Share of each subset (safety, helpful) among the examples; one pass over the data keeps these shares."""
+    balance: str = "none"
+    """How often each category is drawn inside its subset: none (as often as it occurs) | category (all alike) |
+    temperature (~ n_c ** (1 - balance_temperature)). A pass has as many draws as the subset has examples; those of rare
+    categories recur in it, those of common ones are left for the next."""
+    balance_temperature: float = 0.5
+    """temperature: 0 is as `none`, 1 as `category`."""
 
 
 @dataclass

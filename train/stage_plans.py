@@ -11,10 +11,11 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.sources import SafetyData
+from equipoise.data.templates import EncodingLimits, encode_turns
 from equipoise.train.answers import EncodedAnswers, chosen_answers, encode_answers
 from equipoise.train.memory import Memory, Training
 from equipoise.train.merging import SHARD_BYTES
-from equipoise.train.pairs import EncodedPairs, encode_pairs, encode_turns
+from equipoise.train.pairs import EncodedPairs, encode_pairs
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_stages import (
@@ -98,7 +99,7 @@ def _pairs(name: str, stage: PreferenceStageConfig | ScorerStageConfig, planning
         pairs, _ = split_by_prompt(pairs, stage.held_out_fraction, recipe.seed)
     else:
         pairs, _ = stage_pairs(stage, planning.data)
-    encoded = encode_pairs(pairs, planning.tokenizer, recipe.data.max_length)
+    encoded = encode_pairs(pairs, planning.tokenizer, recipe.data.max_length, EncodingLimits.of(recipe.data))
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     given = _given(name, "pairs", stage, encoded, encoded.dataset, parts, planning)
     num_tokens = stage.per_device_batch_size * given.longest
@@ -122,7 +123,9 @@ def _answers(name: str, stage: SFTStageConfig | KTOStageConfig, planning: Planni
     else:
         exchanges = chosen_answers(safe_choices(stage, data)[0])
         extra = int(stage.kl.active)
-    encoded = encode_answers(exchanges, planning.tokenizer, recipe.data.max_length)
+    encoded = encode_answers(
+        exchanges, planning.tokenizer, recipe.data.max_length, EncodingLimits.of(recipe.data)
+    )
     parts = ("prompt_ids", "answer_ids")
     given = _given(name, "answers", drawn_by, encoded, encoded.dataset, parts, planning)
     num_tokens = stage.per_device_batch_size * given.longest
@@ -244,11 +247,8 @@ def _given(
     tokens = [sum(map(len, example)) for example in zip(*(rows[part] for part in parts), strict=True)]
     counts = Counter(dataset["category"])
     planning.say(f"{name}: {what} by category: {', '.join(f'{c} {counts[c]}' for c in names)}")
-    if encoded.too_long:
-        planning.say(
-            f"{name}: {len(encoded.too_long)} {what} are longer than "
-            f"data.max_length={planning.recipe.data.max_length}, left out"
-        )
+    for line in encoded.left_out:
+        planning.say(f"{name}: {line}")
     row = StagePlan(str(num_steps), f"{len(encoded.ids)} {what}", _tokens(tokens, what.removesuffix("s")))
     return _Given(row, sum(tokens), max(tokens))
 

@@ -63,7 +63,7 @@ def test_pairs_that_are_too_long_are_told(
     recipe: Recipe, make_data: Callable[..., SafetyData], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe.data.max_length = 70
-    assert "pairs are longer than data.max_length=70, left out" in told(recipe, make_data(), capsys)
+    assert "pairs are longer than data.max_length=70 tokens and left out" in told(recipe, make_data(), capsys)
     recipe.data.max_length = 10
     with pytest.raises(DataError, match=r"none of 32 pairs fits into data\.max_length=10"):
         told(recipe, make_data(), capsys)

@@ -13,13 +13,13 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTra
 from equipoise.data.errors import DataError
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import load_jsonl_pairs, load_samples
+from equipoise.data.templates import encode_turns
 from equipoise.train.completion_head import add_completion_head
 from equipoise.train.pairs import (
     PairCollator,
     can_share_prompt,
     dataset_key,
     encode_pairs,
-    encode_turns,
     model_inputs,
     pack_rows,
     pair_attention_mask,

@@ -58,3 +58,14 @@ def test_a_share_of_nothing_is_refused() -> None:
         RecipeError, match=r"mixture: helpful has a share of 0\.5, but the data has no helpful pairs"
     ):
         order_pairs({"safety": [1], "helpful": []}, {"safety": 0.5, "helpful": 0.5}, None, seed=0)
+
+
+def test_balanced_inside_each_subset_and_shares_of_the_mixture_kept() -> None:
+    subsets = {"safety": range(40), "helpful": range(40, 60)}
+    categories = ["S1"] * 36 + ["S2"] * 4 + ["helpful"] * 20
+    order = order_pairs(subsets, {"safety": 0.5, "helpful": 0.5}, 80, 0, categories, temperature=1.0)
+    assert Counter(categories[row] for row in order) == {"S1": 20, "S2": 20, "helpful": 40}
+    # As often as it occurs, but evenly spread.
+    order = order_pairs(subsets, {"safety": 1.0}, None, 0, categories, temperature=0.0)
+    assert sorted(order) == list(range(40))
+    assert [sum(row >= 36 for row in order[i : i + 10]) for i in range(0, 40, 10)] == [1, 1, 1, 1]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, modeling_utils
 
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources import SafetyData
-from equipoise.train.pairs import encode_turns
+from equipoise.data.templates import encode_turns
 from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe_stages import CostModelStageConfig, RewardModelStageConfig, WeightConfig
 from equipoise.train.scorer import load_scorer

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.schema import HELPFUL
+from equipoise.data.templates import encode_turns
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
-from equipoise.train.pairs import encode_turns
 from equipoise.train.rewards.verifiable import Reward, completion_text
 from equipoise.train.scorer import Scorer, cut_behind_end
 

@@ -16,12 +16,12 @@ from equipoise.data.errors import DataError
 from equipoise.data.files import write_aside
 from equipoise.data.schema import HELPFUL
 from equipoise.data.tasks import Task
+from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.engine import GenerationSettings, end_tokens
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.grpo_trainer import COST, RewardFunction, VerifiableTrainer
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import default_device, load_policy, peft_config
-from equipoise.train.pairs import encode_turns
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_rl import GRPOStageConfig
 from equipoise.train.recipe_stages import CategoryConfig

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.schema import HELPFUL, UnpairedExchange
 from equipoise.data.sources import SafetyData
+from equipoise.data.templates import EncodingLimits
 from equipoise.data.unpaired import UnpairedData, from_labelled, from_pairs, load_unpaired
 from equipoise.train.answers import encode_answers
 from equipoise.train.kto_trainer import KTOTrainer
@@ -52,13 +53,10 @@ def run_kto(name: str, stage: KTOStageConfig, policy: str, context: StageContext
                 f"{name}: {found.num_unlabelled} answers left out, whose labels do not say whether they are desirable"
             )
         examples = found.exchanges
-        encoded = encode_answers(examples, tokenizer, recipe.data.max_length)
-        if encoded.too_long:
-            first = ", ".join(encoded.too_long[:3])
-            context.say(
-                f"{name}: {len(encoded.too_long)} of {len(examples)} answers are longer than "
-                f"data.max_length={recipe.data.max_length} tokens and left out (first: {first})"
-            )
+        limits = EncodingLimits.of(recipe.data)
+        encoded = encode_answers(examples, tokenizer, recipe.data.max_length, limits)
+        for line in encoded.left_out:
+            context.say(f"{name}: {line}")
         rows, names, num_steps = draw(encoded.dataset, stage, examples_per_step(stage), recipe.seed)
         num_draws, num_desirable = len(rows), sum(rows["desirable"])
         forward_pass = stage.per_device_batch_size * PartialState().num_processes

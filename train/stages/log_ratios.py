@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from equipoise.data.schema import HELPFUL
+from equipoise.data.templates import EncodingLimits
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers, encode_chosen
 from equipoise.train.category_terms import CategoryTerms
@@ -64,7 +65,11 @@ def draw(
     else:
         once = len(order_pairs(subsets, stage.mixture, None, seed))
         num_draws = math.ceil(once * stage.num_epochs / num_examples) * num_examples
-    order = order_pairs(subsets, stage.mixture, num_draws, seed)
+    if stage.balance == "none":
+        order = order_pairs(subsets, stage.mixture, num_draws, seed)
+    else:
+        temperature = stage.balance_temperature if stage.balance == "temperature" else 1.0
+        order = order_pairs(subsets, stage.mixture, num_draws, seed, categories, temperature)
     names = sorted(set(categories), key=_category_order)
     index = {name: i for i, name in enumerate(names)}
     rows = dataset.select(order)
@@ -154,11 +159,9 @@ def benign_answers(
     if not kl.active or kl.on != "benign":
         return None
     max_length, pairs = context.recipe.data.max_length, context.data.helpful_pairs
-    encoded = encode_chosen(pairs, tokenizer, max_length)
-    if encoded.too_long:
-        context.say(
-            f"kl: {len(encoded.too_long)} of {len(pairs)} benign answers are longer than {max_length} tokens"
-        )
+    encoded = encode_chosen(pairs, tokenizer, max_length, EncodingLimits.of(context.recipe.data))
+    for line in encoded.left_out:
+        context.say(f"kl, benign answers: {line}")
     return BenignAnswers(encoded.dataset, tokenizer.pad_token_id, kl.num_benign, context.recipe.seed)
 
 

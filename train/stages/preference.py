@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import SafetyData
+from equipoise.data.templates import EncodingLimits
 from equipoise.train.pairs import encode_pairs
 from equipoise.train.preference_trainer import PreferenceTrainer
 from equipoise.train.recipe_stages import PreferenceStageConfig
@@ -43,13 +44,9 @@ def run_preference(
         pairs, order = stage_pairs(stage, context.data)
         if order is not None:
             context.say(f"{name}: {order.summary()}")
-        encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length)
-        if encoded.too_long:
-            first = ", ".join(encoded.too_long[:3])
-            context.say(
-                f"{name}: {len(encoded.too_long)} of {len(pairs)} pairs are longer than "
-                f"data.max_length={recipe.data.max_length} tokens and left out (first: {first})"
-            )
+        encoded = encode_pairs(pairs, tokenizer, recipe.data.max_length, EncodingLimits.of(recipe.data))
+        for line in encoded.left_out:
+            context.say(f"{name}: {line}")
         rows, names, num_steps = draw(encoded.dataset, stage, examples_per_step(stage), recipe.seed)
         facts: dict[str, object] = {"num_pairs": len(encoded.ids), "num_too_long": len(encoded.too_long)}
         if order is not None:

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from equipoise.data.errors import DataError
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import SafetyData, normalise_prompt
+from equipoise.data.templates import EncodingLimits, encode_turns
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.completion_head import base_causal_lm
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import merged, save_policy
-from equipoise.train.pairs import encode_pairs, encode_turns
+from equipoise.train.pairs import encode_pairs
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe_rl import SafeRLHFStageConfig
 from equipoise.train.recipe_safe_rlhf_checks import (
@@ -198,7 +199,12 @@ def _ptx(
 ) -> Answers | None:
     if not stage.ptx_coef:
         return None
-    encoded = encode_pairs(context.data.helpful_pairs, tokenizer, context.recipe.data.max_length).dataset
+    encoded = encode_pairs(
+        context.data.helpful_pairs,
+        tokenizer,
+        context.recipe.data.max_length,
+        EncodingLimits.of(context.recipe.data),
+    ).dataset
     rows = {
         (tuple(prompt), tuple(cut_behind_end(answer, ends)))
         for prompt, answer in zip(encoded["prompt_ids"], encoded["chosen_ids"], strict=True)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from equipoise.data.templates import EncodingLimits
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.statistics import wilson_interval
 from equipoise.train.category_terms import CategoryTerms
@@ -59,22 +60,21 @@ def _train_scorer(
     ends = end_tokens(model, tokenizer)
     pairs, facts = scorer_pairs(stage, context.data)
     training, held_out = split_by_prompt(pairs, stage.held_out_fraction, recipe.seed)
-    encoded = encode_pairs(training, tokenizer, recipe.data.max_length)
+    limits = EncodingLimits.of(recipe.data)
+    encoded = encode_pairs(training, tokenizer, recipe.data.max_length, limits)
     unique = scorer_rows(stage, encoded.dataset, ends)
     rows, names, num_steps = draw(unique, stage, examples_per_step(stage), recipe.seed)
-    too_long, held_out_rows = list(encoded.too_long), None
+    too_long, held_out_rows, left_out = list(encoded.too_long), None, list(encoded.left_out)
     if held_out:
-        encoded_held_out = encode_pairs(held_out, tokenizer, recipe.data.max_length)
+        encoded_held_out = encode_pairs(held_out, tokenizer, recipe.data.max_length, limits)
         held_out_rows = scorer_rows(stage, encoded_held_out.dataset, ends)
         # A category whose only prompt is held out because another category shares it.
         names = [*names, *sorted(set(held_out_rows["category"]) - set(names))]
         held_out_rows = _indexed(held_out_rows, names)
         too_long += encoded_held_out.too_long
-    if too_long:
-        context.say(
-            f"{name}: {len(too_long)} of {len(pairs)} pairs are longer than data.max_length="
-            f"{recipe.data.max_length} tokens and left out (first: {', '.join(too_long[:3])})"
-        )
+        left_out += [f"held out: {line}" for line in encoded_held_out.left_out]
+    for line in left_out:
+        context.say(f"{name}: {line}")
     terms = CategoryTerms(CategoryConfig(weight=stage.weight), names, list(rows["category"]))
     collator = _collator(name, model, tokenizer, context)
     trainer = ScorerTrainer(

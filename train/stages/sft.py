@@ -8,6 +8,7 @@ from trl import SFTConfig
 
 from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
+from equipoise.data.templates import EncodingLimits
 from equipoise.train.answers import chosen_answers, encode_answers
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
@@ -46,12 +47,10 @@ def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext
     exchanges, num_unsafe = stage_answers(stage, context)
     if num_unsafe:
         context.say(f"{name}: {num_unsafe} chosen answers are labelled unsafe and left out")
-    encoded = encode_answers(exchanges, tokenizer, recipe.data.max_length)
-    if encoded.too_long:
-        context.say(
-            f"{name}: {len(encoded.too_long)} of {len(exchanges)} answers are longer than data.max_length="
-            f"{recipe.data.max_length} tokens and left out (first: {', '.join(encoded.too_long[:3])})"
-        )
+    limits = EncodingLimits.of(recipe.data)
+    encoded = encode_answers(exchanges, tokenizer, recipe.data.max_length, limits)
+    for line in encoded.left_out:
+        context.say(f"{name}: {line}")
     # Tasks are drawn alike, as `draw` does with what is not helpful.
     drawn_by = replace(stage, mixture={"safety": 1.0}) if stage.tasks_of is not None else stage
     rows, names, num_steps = draw(encoded.dataset, drawn_by, examples_per_step(stage), recipe.seed)
