@@ -37,12 +37,15 @@ class DataConfig:
     """JSON lines of single answers that are desirable or not, for KTO stages; their schema is in data/README.md."""
     held_out_fraction: float = 0.0
     """Share of the prompts kept out of training and judged (split by normalised prompt); not for samples."""
+    max_suite_overlap: float = 0.5
+    """A training record is dropped whose prompt holds more than this share of the n-grams (five words) of a prompt that
+    the run is judged on; 1: only those that ask the very same are dropped."""
     max_length: int = 512
     """Tokens of prompt + longer completion; a longer pair is dropped and counted."""
     max_too_long_rate: float = 0.5
     """Share of a stage's examples that may be dropped so; above it nothing is trained."""
     max_template_fault_rate: float = 0.0
-    """Share of a stage's examples that may be dropped because the chat template fails on them (the prompt is no prefix of
-    prompt + answer, no generation prompt, two BOS tokens); above it nothing is trained."""
+    """Share of a stage's examples that may be dropped because the chat template fails on them (the prompt is no prefix
+    of prompt + answer, no generation prompt, two BOS tokens); above it nothing is trained."""
     max_prompts_per_category: int | None = None
     """Judge at most this many held-out prompts a category (a quick look); None: all."""

@@ -174,6 +174,8 @@ def _check_data(data: DataConfig, problems: Problems) -> None:
         )
         problems.add("data.held_out_fraction", reason)
     at_least(8, "data.max_length", data.max_length, problems)
+    for rate in ("max_too_long_rate", "max_template_fault_rate", "max_suite_overlap"):
+        share_of_one(f"data.{rate}", getattr(data, rate), problems)
     for key in ("num_rows", "max_prompts_per_category"):
         number = getattr(data, key)
         if number is not None:

@@ -5,10 +5,11 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from equipoise.data.config import DataConfig
+from equipoise.data.contamination import SuiteIndex
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, Exchange, LabelledExchange, PreferencePair
 from equipoise.data.sources import files, helpful, hh_rlhf, labelled, pku_saferlhf, samples
@@ -16,7 +17,7 @@ from equipoise.data.sources.files import load_jsonl_pairs
 from equipoise.data.sources.hub import HubSet
 from equipoise.data.sources.mixture import part_sizes, take
 from equipoise.data.sources.records import Records
-from equipoise.data.splits import Record, normalise_prompt, split_by_prompt
+from equipoise.data.splits import Prompted, Record, normalise_prompt, split_by_prompt
 from equipoise.data.taxonomy import OTHER
 
 __all__ = [
@@ -123,6 +124,10 @@ def load_data(config: DataConfig, seed: int) -> SafetyData:
         name: _Part.split(load_records(name, config), suites, config.held_out_fraction, seed)
         for name in config.mixture or (config.source,)
     }
+    judged_on = suites + [
+        e for part in parts.values() for e in (*part.held_out_pairs, *part.held_out_prompts)
+    ]
+    _drop_overlapping(parts, judged_on, config.max_suite_overlap)
     counts: Counter[str] = Counter()
     training = _mixed(parts, config, seed, counts)
     held_out = [pair for part in parts.values() for pair in part.held_out_pairs]
@@ -131,7 +136,8 @@ def load_data(config: DataConfig, seed: int) -> SafetyData:
     if not training and not answers:
         raise DataError(
             f"{config.source} leaves nothing to train on: {_told(parts, counts)}. Lower data.held_out_fraction "
-            f"({config.held_out_fraction:g}), or give more data."
+            f"({config.held_out_fraction:g}), raise data.max_suite_overlap ({config.max_suite_overlap:g}), or give more "
+            "data."
         )
     asked = _one_a_prompt(held_out)
     judged = {normalise_prompt(pair.prompt) for pair in asked}
@@ -247,6 +253,26 @@ class _Part:
             ),
             num_held_out=len(held_out) + len(held_out_prompts) + len(held_out_labelled),
         )
+
+
+def _drop_overlapping(parts: dict[str, _Part], judged_on: Sequence[Prompted], max_overlap: float) -> None:
+    """Drop what would be trained on and nearly asks what the run is judged on, and count it."""
+    if max_overlap >= 1:
+        return
+    index = SuiteIndex(record.prompt for record in judged_on)
+
+    def fresh(items: list[Record]) -> list[Record]:
+        return [item for item in items if index.overlap(item.prompt) <= max_overlap]
+
+    for part in parts.values():
+        before = len(part.pairs) + len(part.labelled)
+        part.pairs, part.labelled = fresh(part.pairs), fresh(part.labelled)
+        num_dropped = before - len(part.pairs) - len(part.labelled)
+        if num_dropped:
+            reason = (
+                f"a prompt that shares more than {max_overlap:.0%} of a held-out or suite prompt's n-grams"
+            )
+            part.records.left_out[reason] += num_dropped
 
 
 def _mixed(
