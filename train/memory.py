@@ -168,10 +168,11 @@ class Training:
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
-    def policy(self, num_tokens: int, reference: bool = True) -> Memory:
+    def policy(self, num_tokens: int, reference: bool) -> Memory:
         """Training a policy on given answers: SFT, the DPO family, KTO.
 
-        reference: whether the stage holds one beside the policy, which only a frozen copy takes memory for.
+        reference: whether it is asked while training, for a KL or token-bias penalty; only a frozen copy takes memory
+        for it. Its log-probabilities of the answers are computed before, by the policy that has not moved yet.
         """
         models = 2 if reference and self.frozen_copy else 1
         return Memory(models * self.weights, self.trained, self.activations(num_tokens), self.logits())

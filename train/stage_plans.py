@@ -21,6 +21,7 @@ from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe_stages import (
     CostModelStageConfig,
     KTOStageConfig,
+    LogRatioStageConfig,
     MergeStageConfig,
     PreferenceStageConfig,
     RewardModelStageConfig,
@@ -103,7 +104,10 @@ def _pairs(name: str, stage: PreferenceStageConfig | ScorerStageConfig, planning
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     given = _given(name, "pairs", stage, encoded, encoded.dataset, parts, planning)
     num_tokens = stage.per_device_batch_size * given.longest
-    memory = planning.training.scorer(num_tokens) if scores else planning.training.policy(num_tokens)
+    if isinstance(stage, ScorerStageConfig):
+        memory = planning.training.scorer(num_tokens)
+    else:
+        memory = planning.training.policy(num_tokens, _asks_reference(stage))
     # The reference is asked once a pair.
     seconds = planning.passes(planning.learning + (not scores), given.num_tokens)
     return replace(given.row, memory=memory, seconds=seconds)
@@ -129,12 +133,16 @@ def _answers(name: str, stage: SFTStageConfig | KTOStageConfig, planning: Planni
     parts = ("prompt_ids", "answer_ids")
     given = _given(name, "answers", drawn_by, encoded, encoded.dataset, parts, planning)
     num_tokens = stage.per_device_batch_size * given.longest
-    reference = isinstance(stage, KTOStageConfig) or stage.kl.active
     return replace(
         given.row,
-        memory=planning.training.policy(num_tokens, reference),
+        memory=planning.training.policy(num_tokens, _asks_reference(stage)),
         seconds=planning.passes(planning.learning + extra, given.num_tokens),
     )
+
+
+def _asks_reference(stage: SFTStageConfig | LogRatioStageConfig) -> bool:
+    """Whether the reference is asked while training, beside its log-probabilities of before."""
+    return stage.kl.active or (isinstance(stage, LogRatioStageConfig) and stage.token_bias.coef > 0)
 
 
 def _safe_rlhf(name: str, stage: SafeRLHFStageConfig, planning: Planning) -> StagePlan:

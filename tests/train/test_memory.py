@@ -88,7 +88,7 @@ def test_adapters_are_counted_as_peft_makes_them() -> None:
 def test_eight_billion_by_hand() -> None:
     """Llama 3.1 8B in bf16, LoRA of rank 16, gradient checkpointing, 8,192 tokens."""
     training = setup(LLAMA_8B, gradient_checkpointing=True)
-    memory = training.policy(8192)
+    memory = training.policy(8192, reference=True)
     adapter = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert adapter == 41_943_040  # what PEFT prints for this model
     assert memory.weights == 2 * 8_030_261_248
@@ -130,8 +130,8 @@ def test_sampling_and_learning_are_not_at_the_same_time() -> None:
 
 def test_full_fine_tuning_holds_a_reference_and_its_moments() -> None:
     training = setup(LLAMA_8B, lora=False)
-    assert training.policy(1).weights == 2 * training.weights
+    assert training.policy(1, reference=True).weights == 2 * training.weights
     assert training.policy(1, reference=False).weights == training.weights
-    assert training.policy(1).states == 3 * training.weights
+    assert training.policy(1, reference=False).states == 3 * training.weights
     assert training.scorer(1).logits == 0
     assert Memory().total == 0
