@@ -46,6 +46,8 @@ class SafeRLHFModels:
     """`reward` and `cost`, frozen; those there are."""
     critics: dict[str, Scorer] = field(default_factory=dict)
     """`reward` and `cost`, trained; those there are."""
+    _active: tuple[str, bool] | None = field(default=None, init=False, repr=False)
+    """In the shared layout: the active adapter, and whether it is being trained."""
 
     def __post_init__(self) -> None:
         add_completion_head(self.policy)
@@ -87,9 +89,10 @@ class SafeRLHFModels:
             module.eval()
 
     def _activate(self, role: str, *, trained: bool = False) -> None:
-        if self.shared:
+        if self.shared and self._active != (role, trained):  # switching walks over every layer
             assert isinstance(self.policy, PeftModel)
             self.policy.set_adapter(role, inference_mode=not trained)
+            self._active = role, trained
 
     # ---- passes -----------------------------------------------------------------------------------------------------
 

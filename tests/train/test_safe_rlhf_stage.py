@@ -52,12 +52,12 @@ def scorers(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -
 
 @pytest.fixture
 def make(scorers: dict[str, str]) -> Callable[..., SafeRLHFStageConfig]:
-    """A stage of four steps of eight short answers."""
+    """A stage of four steps of four short answers."""
 
     def make(**keys: Any) -> SafeRLHFStageConfig:
         defaults: dict[str, Any] = {
             "num_steps": 4,
-            "per_device_batch_size": 4,
+            "per_device_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-2,
             "critic_learning_rate": 1e-2,
@@ -85,7 +85,7 @@ def test_a_stage_trains_and_says_what_it_did(make: Make, train_stage: Any, tiny_
     trained = train_stage(stage, runner=run_safe_rlhf)
     assert [m["step"] for m in trained.metrics] == [1, 2, 3, 4]
     for metrics in trained.metrics:
-        assert metrics["train/num_episodes"] == 8
+        assert metrics["train/num_episodes"] == 4
         assert {f"train/lambda/{c}" for c in ("S1", "S2", "S10", "helpful")} <= metrics.keys()
         for name in ("reward", "cost", "kl", "length", "finished_rate", "clip_fraction", "actor_loss"):
             assert f"train/{name}" in metrics
@@ -99,7 +99,7 @@ def test_a_stage_trains_and_says_what_it_did(make: Make, train_stage: Any, tiny_
     assert changed
     assert all("proj" in name for name in changed)
     facts = trained.result.facts
-    assert facts["num_episodes"] == 32
+    assert facts["num_episodes"] == 16
     assert facts["num_prompts"] == 32
     assert set(facts["phase_seconds"]) == {"rollout", "scoring", "update"}
     json.loads(trained.result.to_json())
@@ -108,38 +108,44 @@ def test_a_stage_trains_and_says_what_it_did(make: Make, train_stage: Any, tiny_
 @pytest.mark.parametrize(
     ("keys", "model"),
     [
-        ({}, {}),
-        ({"layout": "separate"}, {"lora": LoraConfig(dropout=0.2)}),
-        (
-            {"layout": "separate", "advantage": "rloo", "num_generations": 2},
+        pytest.param({}, {}, id="shared"),
+        pytest.param(
+            {"layout": "separate", "ptx_coef": 0.0},
+            {"lora": LoraConfig(dropout=0.2)},
+            id="separate with dropout",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"layout": "separate", "advantage": "rloo", "num_generations": 2, "ptx_coef": 0.0},
             {"lora": LoraConfig(enabled=False)},
+            id="full fine-tuning",
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["shared", "separate with dropout", "full fine-tuning"],
 )
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(
     keys: dict[str, Any], model: dict[str, Any], make: Make, train_stage: Any
 ) -> None:
-    stage = make(**keys, save_every=1, lr_scheduler="cosine", update_epochs=2)
+    stage = make(**keys, save_every=1, num_steps=3, lr_scheduler="cosine", update_epochs=2)
     whole = train_stage(stage, run="whole", runner=run_safe_rlhf, model=model)
     with pytest.raises(KeyboardInterrupt):
-        train_stage(stage, run="interrupted", runner=run_safe_rlhf, model=model, interrupt_at=4)
+        train_stage(stage, run="interrupted", runner=run_safe_rlhf, model=model, interrupt_at=3)
     torch.rand(17)  # what came before in the process does not matter
     resumed = train_stage(stage, run="interrupted", runner=run_safe_rlhf, model=model)
-    assert resumed.started_at == 3
-    assert resumed.metrics == whole.metrics[3:]
+    assert resumed.started_at == 2
+    assert resumed.metrics == whole.metrics[2:]
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
     left = sorted(path.name for path in (resumed.folder / "checkpoints").iterdir())
-    assert left == ["checkpoint-3", "checkpoint-4"]
+    assert left == ["checkpoint-2", "checkpoint-3"]
     state, other = (
-        json.loads((run.folder / "checkpoints" / "checkpoint-4" / STATE_FILE).read_text())
+        json.loads((run.folder / "checkpoints" / "checkpoint-3" / STATE_FILE).read_text())
         for run in (resumed, whole)
     )
     assert state == other
 
 
 def test_a_checkpoint_of_other_categories_is_refused(make: Make, train_stage: Any, make_data: Any) -> None:
-    stage = make(save_every=1, multiplier=MultiplierUpdateConfig(per_category=True))
+    stage = make(save_every=1, ptx_coef=0.0, multiplier=MultiplierUpdateConfig(per_category=True))
     with pytest.raises(KeyboardInterrupt):
         train_stage(stage, runner=run_safe_rlhf, interrupt_at=2)
     data = make_data()
@@ -165,7 +171,7 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(
 
 def test_the_stage_is_gated_on_its_way(make: Make, train_stage: Any) -> None:
     calls = []
-    stage = make(evaluate=True, num_steps=5)
+    stage = make(evaluate=True, num_steps=5, ptx_coef=0.0, gradient_accumulation_steps=1)
 
     def gate(name: str, step: int, model: Any, tokenizer: Any) -> None:
         calls.append((name, step, model.active_adapter))
