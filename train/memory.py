@@ -14,8 +14,9 @@ hidden size H, attention size a (heads x head size) and inner size I, adapter ra
                      full       fp32   4 a +  6 H + 4 I               bf16   4 a +  8 H + 4 I
                  With gradient checkpointing: w n (L H + K), every layer's input and one layer recomputed.
                  On top, w n K for the gradients of the layer in work
-    logits       3 fp32 copies of (256, V): the LM head goes over completion tokens in chunks, whatever the batch. Full
-                 fine-tuning: the head's gradient too. A scorer has no LM head
+    logits       2 fp32 copies of (256, V): the LM head goes over completion tokens in chunks, whatever the batch. One
+                 more in the weights' dtype in bf16, one more for the gradient in full fine-tuning, and then the
+                 head's own gradient. A scorer has no LM head
     KV cache     2 w L k B T for B answers of T tokens with prompt; k the keys' size (KV heads x head size)
 
 K is counted, not fitted: what autograd saves of a Llama in eager PyTorch with sdpa attention (the tests count again).
@@ -157,9 +158,12 @@ class Training:
         return self.width * num_tokens * (inputs + kept)
 
     def logits(self) -> float:
-        """A chunk of completion tokens at the LM head: logits, probabilities and their gradient."""
-        head = self.width * self.size.vocab_size * self.size.hidden_size if self.rank is None else 0
-        return 3 * FP32 * CHUNK * self.size.vocab_size + head
+        """A chunk of completion tokens at the LM head: logits and what is worked out of them in place."""
+        vocab = self.size.vocab_size
+        copies = 2 * FP32 + (self.width if self.width != FP32 else 0)
+        if self.rank is not None:
+            return copies * CHUNK * vocab
+        return (copies + FP32) * CHUNK * vocab + self.width * vocab * self.size.hidden_size
 
     def cache(self, num_answers: int, length: int) -> float:
         """KV cache of `num_answers` of `length` tokens with their prompts, and the logits of their next tokens."""

@@ -95,7 +95,7 @@ def test_eight_billion_by_hand() -> None:
     assert memory.states == 16 * adapter + 2 * adapter
     kept = 4 * 4096 + 10 * 4096 + 4 * 14336 + 7 * 16
     assert memory.activations == 2 * 8192 * (32 * 4096 + 2 * kept)
-    assert memory.logits == 3 * 4 * 256 * 128256
+    assert memory.logits == (2 * 4 + 2) * 256 * 128256
     assert memory.total == memory.weights + memory.states + memory.activations + memory.logits
     assert training.cache(1, 1) == 2 * 2 * 32 * 1024 + 12 * 128256  # and a row of logits
 

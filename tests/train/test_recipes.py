@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.schema import LabelledExchange
 from equipoise.data.sources import SafetyData
+from equipoise.train import dry_run as dry_run_module
 from equipoise.train import gatekeeper as gatekeeper_module
 from equipoise.train import run as run_module
 from equipoise.train.cli import compose
@@ -98,8 +99,9 @@ def test_a_recipe_is_planned_and_trained(
     monkeypatch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(small_data))
     judge = make_judge(lambda prompt, response: "S2" in prompt)
     monkeypatch.setattr(run_module, "_judge", lambda recipe: judge)
-    # Half of the time, and tests/eval/test_report.py is about it.
+    # Most of the time, and other tests are about them.
     monkeypatch.setattr(gatekeeper_module, "write_report", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dry_run_module, "_measured_flops", lambda dtype: 1e9)
     recipe = loaded(name, tiny_model_folder, tmp_path / "outputs")
 
     recipe.dry_run = True
