@@ -31,6 +31,7 @@ from equipoise.train.recipe_stages import (
     TokenBiasStageConfig,
 )
 from equipoise.train.scorer_pairs import scorer_pairs, split_by_prompt
+from equipoise.train.shared_prompts import MIN_SAVING
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages.grpo import draw_tasks, prompts_per_step
 from equipoise.train.stages.kto import stage_examples
@@ -118,7 +119,7 @@ def _answers(name: str, stage: SFTStageConfig | KTOStageConfig, planning: Planni
     drawn_by: Any = stage
     if isinstance(stage, KTOStageConfig):
         exchanges = stage_examples(stage, recipe.data, data).exchanges
-        extra = 2  # the reference, once an answer, and the mismatched pairs of z_ref
+        extra = 1  # the reference, once an answer
     elif stage.tasks_of is not None:
         tasks = stage_tasks(recipe.stages[stage.tasks_of], data, recipe.seed)
         exchanges = demonstrations(tasks, stage.abstention_rate, recipe.seed)
@@ -130,7 +131,9 @@ def _answers(name: str, stage: SFTStageConfig | KTOStageConfig, planning: Planni
     encoded = encode_answers(
         exchanges, planning.tokenizer, recipe.data.max_length, EncodingLimits.of(recipe.data)
     )
-    parts = ("prompt_ids", "answer_ids")
+    parts = ["prompt_ids", "answer_ids"]
+    if isinstance(stage, KTOStageConfig):
+        parts.append("answer_ids")  # another prompt's answer is in every row, about as long
     given = _given(name, "answers", drawn_by, encoded, encoded.dataset, parts, planning)
     num_tokens = stage.per_device_batch_size * given.longest
     return replace(
@@ -186,7 +189,7 @@ def _grpo(name: str, stage: GRPOStageConfig, planning: Planning) -> StagePlan:
     lengths = [len(encode_turns(planning.tokenizer, task.prompt, prompt=True)) for task in drawn]
     length = max(lengths) + stage.max_completion_length
     memory = planning.training.sampled(
-        num_tokens=stage.per_device_batch_size * length,
+        num_tokens=_learnt_at_once(stage, max(lengths)),
         num_answers=stage.per_device_batch_size * stage.gradient_accumulation_steps,
         length=length,
         scorers=int(stage.cost.model is not None),
@@ -200,6 +203,14 @@ def _grpo(name: str, stage: GRPOStageConfig, planning: Planning) -> StagePlan:
     sampled = 0 if stage.vllm.enabled else num_answers
     seconds += planning.decoding((sampled + asked) * stage.max_completion_length)
     return StagePlan(str(num_steps), f"{num_answers} answers", _tokens(lengths, "prompt"), memory, seconds)
+
+
+def _learnt_at_once(stage: GRPOStageConfig, prompt_length: int) -> int:
+    """Tokens of a forward pass with gradients; where it pays, a prompt is in it once for its answers."""
+    answers, num_answers = stage.max_completion_length, stage.per_device_batch_size
+    apart = num_answers * (prompt_length + answers)
+    shared = math.ceil(num_answers / stage.num_generations) * prompt_length + num_answers * answers
+    return shared if MIN_SAVING * shared <= apart else apart
 
 
 def _merge(name: str, stage: MergeStageConfig, planning: Planning) -> StagePlan:
