@@ -23,8 +23,9 @@ def plan(
     recipe: Recipe, data: SafetyData, base_folder: str, say: Callable[[str], None], progress: Progress
 ) -> None:
     """Print stages, steps, tokens, and estimates of memory and time; raises DataError where training would."""
-    tokenizer = load_tokenizer(base_folder, trust_remote_code=recipe.model.trust_remote_code)
-    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=recipe.model.trust_remote_code)
+    options = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
+    tokenizer = load_tokenizer(base_folder, **options)
+    config = AutoConfig.from_pretrained(base_folder, **options)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     model.tie_weights()

@@ -22,7 +22,7 @@ def load_policy(
     return load_model(
         str(folder) if folder is not None else config.id,
         dtype=config.dtype,  # type: ignore[arg-type]
-        revision=config.revision if folder is None else None,
+        revision=config.revision,  # of a hub id; a folder has none, and `load_model` leaves it out
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         notify=notify,

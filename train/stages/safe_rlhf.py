@@ -133,7 +133,9 @@ def check_given_scorers(recipe: Recipe, base_folder: str) -> None:
                 continue
             origin = policy_origin(recipe, name)
             known = origin if origin not in (BASE, *recipe.stages) else base_folder
-            tokenizer = load_tokenizer(known, trust_remote_code=recipe.model.trust_remote_code)
+            tokenizer = load_tokenizer(
+                known, trust_remote_code=recipe.model.trust_remote_code, revision=recipe.model.revision
+            )
             check_scorer(source, kind, tokenizer, f"stages.{name}.{kind}_model")
             if stage.layout == "shared" and origin not in recipe.stages:
                 check_backbone(source, known)
