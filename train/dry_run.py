@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -23,7 +24,10 @@ def plan(
     recipe: Recipe, data: SafetyData, base_folder: str, say: Callable[[str], None], progress: Progress
 ) -> None:
     """Print stages, steps, tokens, and estimates of memory and time; raises DataError where training would."""
-    options = {"trust_remote_code": recipe.model.trust_remote_code, "revision": recipe.model.revision}
+    options: dict[str, Any] = {
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "revision": recipe.model.revision,
+    }
     tokenizer = load_tokenizer(base_folder, **options)
     config = AutoConfig.from_pretrained(base_folder, **options)
     with init_empty_weights():
