@@ -180,7 +180,11 @@ def test_a_later_promotion_replaces_an_earlier_one(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(name)
     promote(tmp_path / "first", no_bias(), tmp_path / "promoted")
-    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"first.txt", TOKEN_BIAS_FILE, "custom_generate"}
+    assert {p.name for p in (tmp_path / "promoted").iterdir()} == {
+        "first.txt",
+        TOKEN_BIAS_FILE,
+        "custom_generate",
+    }
     promote(tmp_path / "second", None, tmp_path / "promoted")
     assert {p.name for p in (tmp_path / "promoted").iterdir()} == {"second.txt"}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
