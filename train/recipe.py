@@ -41,7 +41,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id; None: its default branch."""
     dtype: str = "bfloat16"
-    """Weights in memory: bfloat16 | float32. Log-probabilities are fp32 whatever this says."""
+    """Weights in memory: bfloat16 | float32 | native (bfloat16 where the machine computes in it, else float32).
+    Log-probabilities are fp32 whatever this says."""
     attn_implementation: str = "sdpa"
     """sdpa | eager | flash_attention_2 | flash_attention_3 | flex_attention."""
     trust_remote_code: bool = False

@@ -139,7 +139,7 @@ def check_loss(path: str, loss: LossConfig, problems: Problems) -> None:
 
 def _check_model(model: ModelConfig, problems: Problems) -> None:
     problems.expect(bool(model.id.strip()), "model.id", model.id, "smollm2_135m, a hub id or a folder")
-    problems.one_of("model.dtype", model.dtype, ("bfloat16", "float32"))
+    problems.one_of("model.dtype", model.dtype, ("bfloat16", "float32", "native"))
     problems.one_of("model.attn_implementation", model.attn_implementation, ATTENTION)
     problems.one_of("model.reference", model.reference, ("auto", "adapter_off", "frozen_copy"))
     if model.reference == "adapter_off" and not model.lora.enabled:
@@ -174,12 +174,32 @@ def _check_data(data: DataConfig, problems: Problems) -> None:
         )
         problems.add("data.held_out_fraction", reason)
     at_least(8, "data.max_length", data.max_length, problems)
+    _check_preparation(data, problems)
     for rate in ("max_too_long_rate", "max_template_fault_rate", "max_suite_overlap"):
         share_of_one(f"data.{rate}", getattr(data, rate), problems)
     for key in ("num_rows", "max_prompts_per_category"):
         number = getattr(data, key)
         if number is not None:
             at_least(1, f"data.{key}", number, problems)
+
+
+def _check_preparation(data: DataConfig, problems: Problems) -> None:
+    """Cleansing and categories: actions, thresholds, and keys that nothing reads."""
+    cleaning = data.cleaning
+    for key, reason in cleaning.problems().items():
+        problems.add(f"data.cleaning.{key}", reason)
+    problems.one_of("data.categorise", data.categorise, ("none", "classifier", "judge"))
+    share_of_one("data.min_confidence", data.min_confidence, problems)
+    given = data.categorise_from
+    if given is not None and data.categorise != "classifier":
+        problems.add("data.categorise_from", f"found {given!r}, but data.categorise={data.categorise}")
+    elif given is not None and not Path(given).expanduser().is_file():
+        problems.add("data.categorise_from", f"found {given!r}, which is no file")
+    if data.source == "samples" and (cleaning.enabled or data.categorise != "none"):
+        key = "cleaning.enabled" if cleaning.enabled else "categorise"
+        problems.add(
+            f"data.{key}", "the shipped samples are clean and have categories; it is for other sources"
+        )
 
 
 def _check_source(data: DataConfig, problems: Problems) -> None:

@@ -7,8 +7,8 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,20 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
+from equipoise.data.categorise import Guess
 from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.files import write_aside
+from equipoise.data.preparation import Helpers
+from equipoise.data.report import write_preparation
+from equipoise.data.schema import Turn
 from equipoise.data.sources import load_data
+from equipoise.data.taxonomy import OTHER
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.embedded import EmbeddedJudge
-from equipoise.eval.models import resolve_model
+from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.dry_run import plan
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
@@ -68,7 +73,9 @@ def run(recipe: Recipe) -> int:
     _use_all_cores()
     state = PartialState(cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
-    data = load_data(recipe.data, recipe.seed)
+    if recipe.model.dtype == "native":
+        recipe = replace(recipe, model=replace(recipe.model, dtype=native_dtype()))
+    data = load_data(recipe.data, recipe.seed, _data_helpers(recipe))
     say(f"data: {data.summary()}")
     check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
@@ -80,6 +87,9 @@ def run(recipe: Recipe) -> int:
         return 0
     if state.is_main_process:
         _claim(run_dir, recipe)
+        for name, preparation in data.preparations.items():
+            if preparation.asked:
+                write_preparation(run_dir / "data" / name.replace("/", "-"), name, preparation)
     state.wait_for_everyone()
     tracker = Tracker(run_dir, recipe.tracking, asdict(recipe)) if state.is_main_process else None
     exit_code = 1
@@ -240,7 +250,29 @@ def _judge(recipe: Recipe) -> Judge:
     # One judge so far; further ones are further branches, or a table when there are many.
     if recipe.judge.name != "embedded":
         raise RecipeError(f"judge.name: found {recipe.judge.name!r}, possible: embedded")
-    return EmbeddedJudge.load(batch_size=recipe.judge.batch_size)
+    return EmbeddedJudge.load(batch_size=recipe.judge.batch_size, dtype=native_dtype())
+
+
+def _data_helpers(recipe: Recipe) -> Helpers:
+    """The recipe's judge, where cleansing or categories ask for it."""
+    if recipe.data.categorise != "judge" and recipe.data.cleaning.p_safe != "judge":
+        return Helpers()
+    judge = _judge(recipe)
+
+    def p_safe(prompts: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[float | None]:
+        found = judge.judge(prompts, answers)
+        return [None if judgement.p_unsafe is None else 1 - judgement.p_unsafe for judgement in found]
+
+    def categories(prompts: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[Guess]:
+        found = judge.judge(prompts, answers)
+        if found and all(judgement.category is None for judgement in found):
+            raise RecipeError(
+                f"data.categorise: found 'judge', but {judge.card.name} names no category of what it finds unsafe; "
+                "possible: none, classifier"
+            )
+        return [Guess(judgement.category or OTHER, None) for judgement in found]
+
+    return Helpers(p_safe, categories)
 
 
 def _base_folder(recipe: Recipe, state: PartialState) -> str:

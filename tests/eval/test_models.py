@@ -10,7 +10,14 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import ModelInfo
 
 from equipoise.eval import models
-from equipoise.eval.models import EMBEDDED, EMBEDDED_HUB_ID, ModelError, load_model, resolve_model
+from equipoise.eval.models import (
+    EMBEDDED,
+    EMBEDDED_HUB_ID,
+    ModelError,
+    load_model,
+    native_dtype,
+    resolve_model,
+)
 
 
 @pytest.fixture
@@ -88,7 +95,7 @@ def test_a_tokenizer_of_another_model_is_an_error(tiny_model_folder: Path, tmp_p
 
 
 def test_an_unknown_dtype_is_an_error(tiny_model_folder: Path) -> None:
-    with pytest.raises(ModelError, match="bfloat16, float32, auto"):
+    with pytest.raises(ModelError, match="bfloat16, float32, native, auto"):
         load_model(str(tiny_model_folder), dtype="int8")  # type: ignore[arg-type]
 
 
@@ -222,3 +229,21 @@ def test_the_embedded_model_chats_as_upstream_does() -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():
         assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "avx512_bf16", "amx", "dtype"),
+    [
+        (True, False, False, "bfloat16"),
+        (False, True, False, "bfloat16"),
+        (False, False, True, "bfloat16"),
+        (False, False, False, "float32"),
+    ],
+)
+def test_the_native_dtype_is_what_the_machine_computes_in(
+    cuda: bool, avx512_bf16: bool, amx: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert native_dtype() == dtype

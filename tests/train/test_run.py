@@ -319,6 +319,19 @@ def test_nothing_judged_needs_no_judge(
     assert "report.html" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_reports")
+def test_a_native_dtype_is_resolved_before_anything_is_written(
+    recipe: Recipe, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "native_dtype", lambda: "float32")
+    recipe.model.dtype = "native"
+    recipe.evaluation.baseline = False
+    recipe.stages = {"safe": replace(recipe.stages["safe"], num_steps=1, evaluate=False)}
+    run(recipe)
+    folder = Path(recipe.output_dir) / "test" / "seed0"
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["dtype"] == "float32"
+
+
 # ---- interruptions, and evaluations inside a stage -------------------------------------------------------------------
 
 
