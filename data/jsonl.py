@@ -3,6 +3,7 @@
 JSON lines here; `tables.py` reads the rows of CSV and parquet as such lines.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -130,6 +131,9 @@ class Line:
     def meta(self, known: frozenset[str]) -> dict[str, object]:
         """The object `meta`, with every key of the line that is not `known`, and `labels`, beside it."""
         value = self.values.get("meta")
+        if isinstance(value, str):  # tables have it as text; one that is no JSON is a problem below
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
         if value is not None and not isinstance(value, dict):
             self.problem("meta", f"found {_kind(value)}, expected an object")
             value = None

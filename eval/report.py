@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from equipoise.data.files import write_aside
+from equipoise.data.report import STYLE
 from equipoise.eval.category_report import (
     CategoryReport,
     Comparison,
@@ -96,7 +97,7 @@ def write_report(
     judges = {str(report.judge): report.judge for report in reports.values()}
     html = environment.get_template("report.html.jinja").render(
         title=title,
-        style=Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
+        style=STYLE.read_text(encoding="utf-8"),
         reports=reports,
         baseline_state=baseline_state,
         changes=changes,

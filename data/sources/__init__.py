@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from equipoise.data.categorise import fit_classifier
 from equipoise.data.config import DataConfig
 from equipoise.data.contamination import SuiteIndex
 from equipoise.data.errors import DataError
+from equipoise.data.preparation import Helpers, Preparation, prepare
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, Exchange, LabelledExchange, PreferencePair
 from equipoise.data.sources import files, helpful, hh_rlhf, labelled, pku_saferlhf, samples
 from equipoise.data.sources.files import load_jsonl_pairs
 from equipoise.data.sources.hub import HubSet
 from equipoise.data.sources.mixture import part_sizes, take
-from equipoise.data.sources.records import Records
 from equipoise.data.splits import Prompted, Record, normalise_prompt, split_by_prompt
 from equipoise.data.taxonomy import OTHER
 
@@ -88,6 +90,9 @@ class SafetyData:
     """What became of the rows of a source that is not shipped: `read`, in category `OTHER`, `held_out`,
     `dropped_in_suites`, and every other reason for which one was left out, or what was done to it."""
 
+    preparations: Mapping[str, Preparation] = field(default_factory=dict)
+    """What was done to the records of each source before they were split."""
+
     def summary(self) -> str:
         """For the terminal: how many of what, and what was left out and why."""
         text = (
@@ -106,7 +111,7 @@ class SafetyData:
         return text + "".join(f"\n  {number}: {reason}" for reason, number in counts.items())
 
 
-def load_data(config: DataConfig, seed: int) -> SafetyData:
+def load_data(config: DataConfig, seed: int, helpers: Helpers | None = None) -> SafetyData:
     """The data of a run.
 
     A source other than `samples` replaces the shipped training pairs, and the shipped labelled answers where it has
@@ -114,19 +119,29 @@ def load_data(config: DataConfig, seed: int) -> SafetyData:
     `config.held_out_fraction` of the prompts are kept out of training and added to the suites: hazards to the harmful
     prompts, `helpful` to the helpful ones with the chosen answer as reference. All of it is counted in `counts`.
 
-    Raises `DataError`.
+    Before that they are categorised and cleaned, as the recipe says (`preparation`). Raises `DataError`.
     """
     shipped = load_samples()
     if config.source == "samples":
         return shipped
     suites = shipped.harmful_prompts + shipped.lookalike_prompts + shipped.helpful_prompts
-    parts = {
-        name: _Part.split(load_records(name, config), suites, config.held_out_fraction, seed)
-        for name in config.mixture or (config.source,)
-    }
-    judged_on = suites + [
-        e for part in parts.values() for e in (*part.held_out_pairs, *part.held_out_prompts)
-    ]
+    classifier = None
+    if config.categorise == "classifier":
+        own: list[PreferencePair | LabelledExchange] = [
+            *shipped.safety_pairs,
+            *shipped.helpful_pairs,
+            *shipped.labelled,
+        ]
+        classifier = fit_classifier(config, own)
+    parts: dict[str, _Part] = {}
+    preparations: dict[str, Preparation] = {}
+    for name in config.mixture or (config.source,):
+        records = load_records(name, config)
+        preparations[name] = prepare(records, config, helpers, classifier)
+        parts[name] = _Part.split(records, suites, config.held_out_fraction, seed)
+    judged_on: list[Prompted] = [*suites]
+    for part in parts.values():
+        judged_on += [*part.held_out_pairs, *part.held_out_prompts]
     _drop_overlapping(parts, judged_on, config.max_suite_overlap)
     counts: Counter[str] = Counter()
     training = _mixed(parts, config, seed, counts)
@@ -136,8 +151,8 @@ def load_data(config: DataConfig, seed: int) -> SafetyData:
     if not training and not answers:
         raise DataError(
             f"{config.source} leaves nothing to train on: {_told(parts, counts)}. Lower data.held_out_fraction "
-            f"({config.held_out_fraction:g}), raise data.max_suite_overlap ({config.max_suite_overlap:g}), or give more "
-            "data."
+            f"({config.held_out_fraction:g}), raise data.max_suite_overlap ({config.max_suite_overlap:g}), or give "
+            "more data."
         )
     asked = _one_a_prompt(held_out)
     judged = {normalise_prompt(pair.prompt) for pair in asked}
@@ -155,6 +170,7 @@ def load_data(config: DataConfig, seed: int) -> SafetyData:
         + [_held_out_exchange(pair, pair.chosen) for pair in asked if pair.category == HELPFUL],
         labelled=answers or shipped.labelled,
         counts=_counts(parts, counts),
+        preparations=preparations,
     )
 
 

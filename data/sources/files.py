@@ -8,9 +8,9 @@ from equipoise.data.config import DataConfig
 from equipoise.data.crosswalk import Crosswalk, find_crosswalk
 from equipoise.data.errors import DataError
 from equipoise.data.jsonl import Line, json_lines, read_records
+from equipoise.data.records import Records
 from equipoise.data.schema import LabelledExchange, PreferencePair
 from equipoise.data.sources.pairing import pair_up, settle
-from equipoise.data.sources.records import Records
 from equipoise.data.tables import csv_lines, parquet_lines
 
 FORMATS = ("jsonl", "csv", "parquet")

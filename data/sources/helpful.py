@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from equipoise.data.config import DataConfig
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, PreferencePair, Turn
 from equipoise.data.sources.hub import NUMBER, TEXT, TURNS, WHOLE, HubSet, read_rows
-from equipoise.data.sources.records import Records
 from equipoise.data.splits import normalise_prompt
 
 ULTRAFEEDBACK = {

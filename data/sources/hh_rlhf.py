@@ -2,9 +2,9 @@
 
 from equipoise.data.config import DataConfig
 from equipoise.data.errors import DataError
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources.hub import TEXT, HubSet, read_rows
-from equipoise.data.sources.records import Records
 from equipoise.data.taxonomy import OTHER
 from equipoise.data.transcripts import parse_transcript, split_transcript
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from equipoise.data.config import DataConfig
 from equipoise.data.crosswalk import crosswalk
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, Exchange, LabelledExchange
 from equipoise.data.sources.hub import FLAG, MAPPING, TEXT, WHOLE, HubSet, read_rows
 from equipoise.data.sources.pairing import adopt_categories, pair_up, settle
-from equipoise.data.sources.records import Records
 from equipoise.data.taxonomy import OTHER
 
 _BEAVERTAILS = {"prompt": TEXT, "response": TEXT, "category": MAPPING, "is_safe": FLAG}

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, LabelledExchange, PreferencePair
-from equipoise.data.sources.records import Records
 from equipoise.data.splits import normalise_prompt
 from equipoise.data.taxonomy import OTHER
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from equipoise.data.config import DataConfig
 from equipoise.data.crosswalk import crosswalk
+from equipoise.data.records import Records
 from equipoise.data.schema import HELPFUL, PreferencePair, Turn
 from equipoise.data.sources.hub import FLAG, MAPPING, TEXT, WHOLE, HubSet, read_rows
-from equipoise.data.sources.records import Records
 from equipoise.data.taxonomy import OTHER
 
 _COLUMNS = {

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from equipoise.data.refusal import reads_as_refusal
 from equipoise.data.schema import Turn
 from equipoise.eval.judges.base import JudgeCard, JudgeError, Judgement, Progress, Verdict
-from equipoise.eval.judges.refusal import reads_as_refusal
 from equipoise.eval.models import EMBEDDED, Dtype, load_model
 
 BASE_MODEL = EMBEDDED

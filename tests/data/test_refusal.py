@@ -2,7 +2,7 @@
 
 import pytest
 
-from equipoise.eval.judges.refusal import reads_as_refusal
+from equipoise.data.refusal import reads_as_refusal
 
 
 @pytest.mark.parametrize(
