@@ -15,7 +15,7 @@ from equipoise.eval.evaluator import evaluate
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.embedded import EmbeddedJudge
-from equipoise.eval.models import resolve_model
+from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.train.cli import compose
 from equipoise.train.gatekeeper import evaluation_settings
 from equipoise.train.model import default_device, load_policy
@@ -96,7 +96,7 @@ def run_point(point: Point, folder: Path, recipe: Recipe, data: SafetyData, trai
             model,
             tokenizer,
             data,
-            EmbeddedJudge.load(batch_size=recipe.judge.batch_size),
+            EmbeddedJudge.load(batch_size=recipe.judge.batch_size, dtype=native_dtype()),
             evaluation_settings(recipe),
             point.method,
             policy,

@@ -301,7 +301,7 @@ def test_one_method_after_the_other(
     point, pairs = comparison("point"), comparison("pairs")
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
     judge = make_judge(lambda prompt, response: "S2" in prompt)
-    monkeypatch.setattr(point.EmbeddedJudge, "load", lambda batch_size: judge)
+    monkeypatch.setattr(point.EmbeddedJudge, "load", lambda **options: judge)
     data, training = make_data(), tmp_path / "training.jsonl"
     pairs.write_training(data, training)
     common = [*small, "data=jsonl", f"data.path={training}"]
