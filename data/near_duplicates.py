@@ -18,8 +18,8 @@ def near_duplicates(texts: Sequence[str], similarity: float) -> Iterator[tuple[i
     similarity: Jaccard's of the sets of three-word runs, in (0, 1]. MinHash (Broder, 1997) with 64 permutations and
     banding misses few pairs above it and none is reported below it. Memory: signatures of the texts that are kept.
     """
-    # Weighted towards candidates: each is verified, a missed one is not.
-    index = MinHashLSH(threshold=similarity, num_perm=NUM_PERMUTATIONS, weights=(0.2, 0.8))
+    # Towards more candidates: each is verified, a missed one is not. Above 0.9 there are too few bands.
+    index = MinHashLSH(threshold=min(similarity, 0.9), num_perm=NUM_PERMUTATIONS, weights=(0.2, 0.8))
     for start in range(0, len(texts), BATCH):
         shingles = [_shingles(text) for text in texts[start : start + BATCH]]
         encoded = [[shingle.encode() for shingle in of_text] for of_text in shingles]
