@@ -11,6 +11,7 @@ from equipoise.train import cli
 from equipoise.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,7 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     message = failed(capsys)
-    assert message == (
-        "No recipe is named. Add recipe=NAME; possible: category_dro, category_lambda, category_margin, dpo, tsdi"
-    )
+    assert message == ("No recipe is named. Add recipe=NAME; possible: " + ", ".join(RECIPES))
 
 
 def test_an_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +47,9 @@ def test_an_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_option_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "possible: apo_zero, hinge, ipo, robust, sigmoid" in failed(capsys, "recipe=tsdi", "loss=dpo")
+    assert "possible: apo_zero, hinge, ipo, robust, safedpo, sigmoid" in failed(
+        capsys, "recipe=tsdi", "loss=dpo"
+    )
 
 
 def test_misspelt_keys_and_wrong_values_at_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ def test_cfg_job_prints_the_composed_recipe(capsys: pytest.CaptureFixture[str]) 
 def test_help_lists_recipes_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert "recipe: category_dro, category_lambda, category_margin, dpo, tsdi" in printed
+    assert f"recipe: {', '.join(RECIPES)}" in printed
     assert "Exit codes: 0 the gate passed" in printed
 
 
