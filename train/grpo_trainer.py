@@ -5,9 +5,7 @@ Ours: the advantages (`losses/group_rewards.py`: equal rewards give exactly 0, a
 rewards that are not finite, empty answers, and the metrics (sums over the tokens and answers of all ranks).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from equipoise.data.files import write_aside
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.completion_head import add_completion_head
 from equipoise.train.losses.group_rewards import group_advantages
@@ -28,7 +25,7 @@ from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
 from equipoise.train.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.step_table import StepTable, mean_by_category
-from equipoise.train.training import STATE_FILE, TrainingError
+from equipoise.train.training import TrainingError, save_state
 
 RewardFunction = Callable[..., list[Reward]]
 OUTCOMES = (Outcome.CORRECT, Outcome.ABSTAINED, Outcome.WRONG)
@@ -369,9 +366,7 @@ class VerifiableTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_aside(folder / STATE_FILE, json.dumps(self.state_dict()) + "\n")
+        save_state(self, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The category weights and the multipliers, for JSON beside a checkpoint."""

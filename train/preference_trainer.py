@@ -5,11 +5,9 @@ Kept from TRL: adapters, reference handling, checkpoints, accelerate and DeepSpe
 (sums and counts a category, over all ranks, padding duplicates dropped).
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +15,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
-from equipoise.data.files import write_aside
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers
 from equipoise.train.category_terms import TIE, CategoryTerms
@@ -34,7 +31,7 @@ from equipoise.train.pairs import (
 from equipoise.train.random_contexts import RandomContexts
 from equipoise.train.recipe_stages import LogRatioStageConfig, PreferenceStageConfig
 from equipoise.train.step_table import StepTable
-from equipoise.train.training import STATE_FILE, stop_non_finite
+from equipoise.train.training import save_state, stop_non_finite
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -322,9 +319,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_aside(folder / STATE_FILE, json.dumps(self.terms.state_dict()) + "\n")
+        save_state(self, self.terms.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""

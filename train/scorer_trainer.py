@@ -25,7 +25,7 @@ from equipoise.train.pairs import PairCollator, model_inputs
 from equipoise.train.recipe_stages import CostModelStageConfig, ScorerStageConfig
 from equipoise.train.scorer import Scorer
 from equipoise.train.step_table import StepTable, mean_by_category
-from equipoise.train.training import STATE_FILE, TrainingError
+from equipoise.train.training import TrainingError, save_state
 
 LABELS = ("chosen_sign", "rejected_sign", "ordered")
 """Columns of a cost model's rows: +1 for an unsafe answer, -1 for a safe one; 1 where one is the more harmful."""
@@ -239,6 +239,4 @@ class ScorerTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_aside(folder / STATE_FILE, json.dumps(self.terms.state_dict()) + "\n")
+        save_state(self, self.terms.state_dict())

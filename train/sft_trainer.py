@@ -5,9 +5,7 @@ of all microbatches and ranks, divided by their number. Written anew: data prepa
 forward (only answer tokens meet the LM head), the metrics (sums and counts a category, over all ranks).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from equipoise.data.files import write_aside
 from equipoise.train.answers import AnswerCollator, BenignAnswers
 from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.completion_head import add_completion_head
@@ -24,7 +21,7 @@ from equipoise.train.kl_penalty import KLPenalty, Reference
 from equipoise.train.pairs import answer_sums, can_share_prompt, model_inputs
 from equipoise.train.recipe_stages import SFTStageConfig
 from equipoise.train.step_table import StepTable
-from equipoise.train.training import STATE_FILE, stop_non_finite
+from equipoise.train.training import save_state, stop_non_finite
 
 COLUMNS = ("slot", "category", "nll", "num_tokens", "kl")
 """What is kept of every answer until the step is logged; nll is summed over its tokens."""
@@ -178,9 +175,7 @@ class SupervisedTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_aside(folder / STATE_FILE, json.dumps(self.terms.state_dict()) + "\n")
+        save_state(self, self.terms.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""

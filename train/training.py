@@ -38,6 +38,13 @@ def stop_non_finite(trainer: Trainer, what: str, rows: Sequence[Mapping[str, obj
     )
 
 
+def save_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Write `state` into the checkpoint that the trainer has just saved: the last file of a complete one."""
+    if trainer.accelerator.is_main_process:
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        write_aside(folder / STATE_FILE, json.dumps(state) + "\n")
+
+
 def save_trained(trainer: Any, policy: str, folder: Path) -> str:
     """Save the trained policy to `model/`, its adapter to `adapter/` and the category state; returns the model folder.
 
