@@ -1,15 +1,13 @@
 """What every judge takes and gives back: prompt and response in, a verdict out, the judge's record beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import Turn
-
-Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, what)`."""
+from equipoise.eval.generation.requests import Progress
 
 
 class JudgeError(EquipoiseError):
@@ -17,12 +15,17 @@ class JudgeError(EquipoiseError):
 
 
 class Verdict(StrEnum):
-    """What a judge says of one response; whatever it could not say is `UNPARSED` and never safe."""
+    """What a judge says of one response; the last three are no finding, and never count as safe."""
 
     SAFE = "safe"
     UNSAFE = "unsafe"
     CONTROVERSIAL = "controversial"
     UNPARSED = "unparsed"
+    """The judge answered, and its answer can't be read."""
+    FAILED = "failed"
+    """The judge gave no answer: an error, a time-out."""
+    OVERLONG = "overlong"
+    """The exchange does not fit the judge's context, or its answer was cut off before the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,12 @@ class Judgement:
     p_unsafe: float | None
     refused: bool | None
     p_refusal: float | None = None
-    category: str | None = None
-    """Canonical category id of the hazard, where the judge names one."""
+    categories: tuple[str, ...] = ()
+    """Canonical ids of the hazards that the judge names, most fitting first."""
+    native_categories: tuple[str, ...] = ()
+    """The same in the judge's own words."""
+    severity: float | None = None
+    """In [0, 1], 1 the worst, from the judge's own scale; None where it has none."""
     raw: str = ""
     """The judge's own words, or what kept it from a verdict."""
 

@@ -12,7 +12,8 @@ from equipoise.eval.judges.base import Judge, Judgement, Verdict
 from equipoise.train.rewards.verifiable import Reward, completion_text
 from equipoise.train.scorer import Scorer, cut_behind_end
 
-_SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0, Verdict.UNPARSED: None}
+_SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0}
+"""A verdict that is missing here is no finding, and gives no reward."""
 
 
 class JudgeVerdict:
@@ -50,7 +51,7 @@ class JudgeVerdict:
 
 def _reward(judgement: Judgement, category: str) -> Reward:
     if category != HELPFUL:
-        return _SCORES[judgement.verdict]
+        return _SCORES.get(judgement.verdict)
     return None if judgement.refused is None else (-1.0 if judgement.refused else 1.0)
 
 

@@ -1,0 +1,79 @@
+"""What is asked of a model and what comes back, whoever serves it: transformers, vLLM or a server.
+
+Answers of the model under test and verdicts of a judge travel in the same two records.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, what)`."""
+
+Message = Mapping[str, Any]
+"""`{"role": ..., "content": text}`; content is a list of `{"type": "text", "text": ...}` where a template wants one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to make: a conversation, which the engine puts through the chat template, or finished text."""
+
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    """In place of `messages`: the prompt as the model reads it, its beginning-of-text token left out."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the chat template (`guardian_config`, `reasoning_effort` ...)."""
+    max_new_tokens: int = 64
+    choices: tuple[str, ...] = ()
+    """Texts whose first token's log-probability at the answer's first position is wanted (`safe`, `unsafe`)."""
+
+    def __post_init__(self) -> None:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError("a request has either messages or text")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+
+
+class Finish(StrEnum):
+    """How a completion ended."""
+
+    STOP = "stop"
+    """The model ended it."""
+    LENGTH = "length"
+    """Cut off at `max_new_tokens`."""
+    OVERLONG = "overlong"
+    """Not made: the prompt does not fit."""
+    FAILED = "failed"
+    """Not made: the engine tried and could not; `error` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back for one request."""
+
+    text: str | None
+    """Without special tokens; None where nothing came (a server's null content included)."""
+    finish: Finish
+    num_tokens: int = 0
+    """Of the answer, its end token not counted."""
+    choice_logprobs: Mapping[str, float] = field(default_factory=dict)
+    """`Request.choices` -> log-probability (nats) at the first position; a choice that the engine doesn't know is absent."""
+    reasoning: str | None = None
+    """What the model thought before it answered, where the engine tells the two apart; never part of `text`."""
+    error: str = ""
+
+
+class Engine(Protocol):
+    """Anything that completes requests; replies come in their order, one for each.
+
+    A request that cannot be completed is a `Reply` with FAILED or OVERLONG; an engine that cannot work at all raises
+    an EquipoiseError.
+    """
+
+    description: Mapping[str, Any]
+    """Whatever determines its replies besides the request: engine, model, revision, dtype, sampling, seed, TSDI ..."""
+
+    def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
+        """Complete every request."""
+        ...

@@ -1,0 +1,33 @@
+"""How a published judge is asked and how its answer is read: what each judge's file is made of."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from equipoise.data.schema import Turn
+from equipoise.eval.generation.requests import Reply, Request
+from equipoise.eval.judges.base import Judgement
+
+
+class JudgeForm(Protocol):
+    """One published judge: exchange in, requests out; replies in, judgement out. Pure: no model, no network.
+
+    `prompt` and `response` come with the control tokens of every known template made harmless
+    (`neutralise.py`). `read` never raises on what a model said, and never turns what it can't read into safe.
+    """
+
+    name: str
+    """As in `judge.name`."""
+    crosswalk: str | None
+    """The crosswalk (`data/crosswalks/`) of its native categories; None: it names none, or canonical ones."""
+
+    def ask(self, prompt: Sequence[Turn], response: str) -> list[Request]:
+        """The first calls for one exchange, one or more."""
+        ...
+
+    def ask_again(self, prompt: Sequence[Turn], response: str, replies: Sequence[Reply]) -> list[Request]:
+        """Further calls that depend on the first replies (a severity behind `unsafe`); most judges have none: []."""
+        ...
+
+    def read(self, replies: Sequence[Reply]) -> Judgement:
+        """The judgement from all replies, in the order asked; `native_categories` filled, `categories` left empty."""
+        ...
