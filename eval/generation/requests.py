@@ -58,7 +58,7 @@ class Reply:
     num_tokens: int = 0
     """Of the answer, its end token not counted."""
     choice_logprobs: Mapping[str, float] = field(default_factory=dict)
-    """`Request.choices` -> log-probability (nats) at the first position; a choice that the engine doesn't know is absent."""
+    """`Request.choices` -> log-probability (nats) at the first position; choices unknown to the engine are absent."""
     reasoning: str | None = None
     """What the model thought before it answered, where the engine tells the two apart; never part of `text`."""
     error: str = ""
