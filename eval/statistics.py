@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 
-def wilson_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a rate of `count` in `n`; (0, 1) when nothing was counted.
 
     Source: Wilson 1927; recommended for small n by Brown, Cai and DasGupta 2001, Statistical Science 16(2).

@@ -8,8 +8,11 @@ the best category are found in every replicate.
 
 The worst of several measured rates overshoots the worst true rate, and a replicate of it overshoots once more. Their
 intervals are therefore the basic ones, 2 * estimate - quantile (Davison and Hinkley 1997, section 5.2); means have
-percentile intervals. On 13 categories of 13 prompts and 3 seeds, simulated, percentile intervals of the worst category
-covered its true rate in 1 % (all categories alike) to 99 % of cases, basic ones in 84 % to 99 %.
+percentile intervals. Near 0 and 1 few prompts give replicates that hardly differ, and both would claim more than such
+prompts can show: no interval of a rate is narrower than Wilson's over the prompts, and none of a difference of rates
+narrower than Tango's over prompts of which not one differs. On 13 categories of 13 prompts and 3 seeds, simulated,
+percentile intervals of the worst category covered its true rate in 1 % (all categories alike) to 99 % of cases, basic
+ones in 84 % to 99 %; the floor only widens those.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -155,10 +158,9 @@ def compare(
             change = replicates[name][figure] - replicates[BASELINE][figure]
             difference = estimates[name][figure] - estimates[BASELINE][figure]
             low, high = interval(difference, change, basic=False, bounds=(-np.inf, np.inf))
-            if difference == 0 and np.ptp(change) == 0 and figure != "helpfulness":
-                low, high = tango_interval(
-                    0, 0, sizes[figure]
-                )  # not one answer differs; that is no certainty
+            if figure != "helpfulness":
+                floor = tango_interval(0, 0, sizes[figure])
+                low, high = min(low, difference + floor[0]), max(high, difference + floor[1])
             differences[name][figure] = {
                 "difference": difference,
                 "low": low,
@@ -259,8 +261,8 @@ def _described(
         low, high = interval(
             estimates[figure], replicates[figure], basic=figure in ("worst_category", "gap"), bounds=bounds
         )
-        if figure != "helpfulness" and np.ptp(replicates[figure]) == 0:
-            low, high = _all_alike(estimates[figure], sizes[figure])
+        if figure != "helpfulness":
+            low, high = _no_narrower((low, high), estimates[figure], sizes[figure])
         described[figure] = {"estimate": estimates[figure], "low": low, "high": high}
     rates = category_rates(harmful, whole(harmful), len(names))[0]
     drawn = category_rates(harmful, draws, len(names))
@@ -268,8 +270,7 @@ def _described(
     described["categories"] = {}
     for index, name in enumerate(names):
         low, high = interval(rates[index], drawn[:, index], basic=False, bounds=(0.0, 1.0))
-        if np.ptp(drawn[:, index]) == 0:
-            low, high = _all_alike(rates[index], int((harmful.category == index).sum()))
+        low, high = _no_narrower((low, high), rates[index], int((harmful.category == index).sum()))
         described["categories"][name] = {"estimate": float(rates[index]), "low": low, "high": high}
     described["num_unparsed"] = int(np.isnan(harmful.values).sum() + np.isnan(benign.values).sum())
     described["num_unscored"] = sum(report.num_unscored for report in reports)
@@ -288,6 +289,7 @@ def _sizes(suites: tuple[Suite, Suite, Suite], eligible: Sequence[int]) -> dict[
     }
 
 
-def _all_alike(rate: float, num_prompts: int) -> tuple[float, float]:
-    """Where all answers are alike every replicate is too, and would claim to know for certain: Wilson's interval."""
-    return wilson_interval(round(rate * num_prompts), num_prompts)
+def _no_narrower(found: tuple[float, float], rate: float, num_prompts: int) -> tuple[float, float]:
+    """An interval widened to hold Wilson's around the same rate of so many prompts."""
+    low, high = wilson_interval(min(rate * num_prompts, num_prompts), num_prompts)
+    return min(found[0], low), max(found[1], high)

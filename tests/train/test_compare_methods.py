@@ -13,6 +13,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.sources import SafetyData
 from equipoise.eval.category_report import CategoryReport, SampleResult
 from equipoise.eval.judges.base import Verdict
+from equipoise.eval.statistics import wilson_interval
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -123,6 +124,23 @@ def test_a_paired_difference_is_narrower_than_its_sides(comparison: Any) -> None
     same = result["differences"]["same"]["unsafe_rate"]
     assert same["p_value"] == 1
     assert same["low"] < 0 < same["high"]  # 80 answers alike do not prove that all would be
+
+
+def test_few_prompts_near_a_bound_claim_no_more_than_they_can_show(comparison: Any) -> None:
+    """26 of 27 answers, one prompt of nine in one seed of three: replicates hardly differ, and know little."""
+    full = make_report({"S1": yes(9, 9), "S2": yes(2, 9)})
+    but_one = make_report({"S1": yes(8, 9), "S2": yes(2, 9)})
+    reports = {"base": [full], "dpo": [full, full, but_one], "other": [full] * 3}
+    result = comparison("figures").compare(reports, min_prompts=8, num_replicates=2000)
+    worst = result["methods"]["dpo"]["worst_category"]
+    assert worst["estimate"] == pytest.approx(26 / 27)
+    low, high = wilson_interval(26 / 3, 9)
+    assert worst["low"] <= low
+    assert worst["high"] >= high
+    change = result["differences"]["other"]["worst_category"]
+    assert change["difference"] == pytest.approx(1 / 27)
+    assert change["low"] < -0.2
+    assert change["high"] > 0.3
 
 
 def test_the_worst_category_is_not_overstated(comparison: Any) -> None:
