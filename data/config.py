@@ -98,6 +98,8 @@ class DataConfig:
     taxonomy: str | None = None
     """Whose labels stand in `category` of the user's file: a crosswalk by name (beavertails, llama_guard ...), or the
     path of a YAML of the user's own; None: S1 ... S14, OTHER and helpful."""
+    default_category: str = "OTHER"
+    """Of records in the user's file that name none: S1 ... S14, OTHER, or `helpful` for pairs about helpfulness."""
     mixture: dict[str, float] = field(default_factory=dict)
     """source=mixture: sources with their shares of the training pairs, `{pku_saferlhf: 0.8, helpful: 0.2}`. Besides the
     sources there are `safety` and `helpful`, the shipped training pairs. No pair is repeated: what the rarest part

@@ -46,6 +46,8 @@ class Line:
     """Every value was read as text (CSV), so that `true` and `false` are words."""
     crosswalk: Crosswalk | None = None
     """Whose labels stand in `category`."""
+    default_category: str = OTHER
+    """Of a record that names none."""
 
     def problem(self, name: str, reason: str) -> None:
         """Note that the field `name` cannot be used."""
@@ -71,7 +73,7 @@ class Line:
         return None
 
     def category(self) -> str:
-        """A category id or `helpful`; `OTHER` where the field is absent, null or an empty list.
+        """A category id or `helpful`; `default_category` where the field is absent, null or an empty list.
 
         With a crosswalk the field may hold its labels, one or a list; labels that speak of no harm are `helpful`.
         Without one, a list of other people's labels is `OTHER`.
@@ -82,7 +84,7 @@ class Line:
         value, labels, crosswalk = self.values.get("category"), self.labels(), self.crosswalk
         known = crosswalk.taxonomy if crosswalk else load_taxonomy()
         if value is None or value == []:
-            return OTHER
+            return self.default_category
         if crosswalk and labels and all(crosswalk.knows(label) for label in labels):
             return crosswalk.category(labels) or HELPFUL
         if isinstance(value, list) and not crosswalk and not any(label in known for label in labels):

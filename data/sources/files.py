@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from equipoise.data.config import DataConfig
-from equipoise.data.crosswalk import Crosswalk, find_crosswalk
+from equipoise.data.crosswalk import Crosswalk, find_crosswalk, find_taxonomy
 from equipoise.data.errors import DataError
 from equipoise.data.jsonl import Line, json_lines, read_records
 from equipoise.data.records import Records
-from equipoise.data.schema import LabelledExchange, PreferencePair
+from equipoise.data.schema import HELPFUL, LabelledExchange, PreferencePair
 from equipoise.data.sources.pairing import pair_up, settle
 from equipoise.data.tables import csv_lines, parquet_lines
 
@@ -109,6 +109,11 @@ def _read(
 ) -> list[Record]:
     """The records of one file, its fields renamed and its labels mapped as the recipe says."""
     walk = None if config.taxonomy is None else find_crosswalk(config.taxonomy)
+    known = [*find_taxonomy(config.taxonomy).ids, HELPFUL]
+    if config.default_category not in known:
+        raise DataError(
+            f"data.default_category: found {config.default_category!r}, expected one of {', '.join(known)}"
+        )
     columns = [config.fields.get(name, name).split(".")[0] for name in required]
     unseen = set(config.fields)
 
@@ -116,6 +121,7 @@ def _read(
         for number, line in enumerate(_lines(path, format, columns)):
             if config.num_rows is not None and number >= config.num_rows:
                 break
+            line.default_category = config.default_category
             _prepare(line, config.fields, walk, unseen)
             yield line
         for name in sorted(unseen):

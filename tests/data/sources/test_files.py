@@ -57,6 +57,16 @@ def test_a_field_that_no_line_has_is_named(tmp_path: Path) -> None:
         load(path, fields={"category": "harm"})
 
 
+def test_records_without_a_category_get_the_default(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", GOOD, {**GOOD, "prompt": "Q", "category": "S2"})
+    assert [pair.category for pair in load(path).pairs] == ["OTHER", "S2"]
+    assert [pair.category for pair in load(path, default_category="helpful").pairs] == ["helpful", "S2"]
+    with pytest.raises(
+        DataError, match=r"data\.default_category: found 'help', expected one of S1, .*, OTHER, helpful"
+    ):
+        load(path, default_category="help")
+
+
 @pytest.mark.parametrize(
     ("taxonomy", "value", "category", "labels"),
     [
