@@ -26,7 +26,8 @@ class Request:
     """Further arguments of the chat template (`guardian_config`, `reasoning_effort` ...)."""
     max_new_tokens: int = 64
     choices: tuple[str, ...] = ()
-    """Texts whose first token's log-probability at the answer's first position is wanted (`safe`, `unsafe`)."""
+    """Texts whose first token's log-probability is wanted (`safe`, `unsafe`), at the answer's first position that is
+    not white space: Llama Guard 3 and 4 write an empty line before their verdict."""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
@@ -58,7 +59,8 @@ class Reply:
     num_tokens: int = 0
     """Of the answer, its end token not counted."""
     choice_logprobs: Mapping[str, float] = field(default_factory=dict)
-    """`Request.choices` -> log-probability (nats) at the first position; choices unknown to the engine are absent."""
+    """`Request.choices` -> log-probability (nats) of their first token, at the first position of the answer that is not
+    white space; absent where the engine does not know it."""
     reasoning: str | None = None
     """What the model thought before it answered, where the engine tells the two apart; never part of `text`."""
     error: str = ""
