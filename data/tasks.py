@@ -1,5 +1,6 @@
 """Tasks whose answers can be checked: generated arithmetic, some of it without an answer, and a user's own file."""
 
+import itertools
 import math
 import random
 import re
@@ -52,7 +53,8 @@ def generate_arithmetic(
     """Made-up problems in the proportions of `shares` (category -> share, see `ARITHMETIC`), the same for a seed.
 
     A problem and the one with its operands swapped are on the same side. Of a category with fewer problems than are
-    asked for, at most a third is held out and all others are trained on: one-digit addition has no more than 36.
+    asked for (one-digit addition has no more than 36), at most a third is held out, and all others are trained on as
+    often as its share takes.
     Half of each category is put in symbols, half in words; unanswerable problems lack one quantity and read like
     those that can be answered. Raises DataError on an unknown category.
     """
@@ -73,7 +75,7 @@ def generate_arithmetic(
         problems = _problems(category, sum(wanted), rng)
         num_out = min(wanted[1], len(problems) // 3) if num_held_out else 0
         held_out += problems[:num_out]
-        training += problems[num_out : num_out + wanted[0]]
+        training += itertools.islice(itertools.cycle(problems[num_out : num_out + wanted[0]]), wanted[0])
     return TaskSplit(training, held_out)
 
 

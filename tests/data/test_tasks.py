@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,15 @@ def test_no_problem_is_on_both_sides_with_its_operands_in_any_order() -> None:
         for side in (split.training, split.held_out)
     ]
     assert not unordered[0] & unordered[1]
-    assert len(unordered[0]) == len(split.training)
+    assert len(unordered[0]) == len({t.id for t in split.training})
     texts = [{text_of(t) for t in side} for side in (split.training, split.held_out)]
     assert not texts[0] & texts[1]
-    # 36 unordered pairs of one-digit numbers from 2 on: a third is held out, all others are trained on.
+    # 36 unordered pairs of one-digit numbers from 2 on: a third is held out, all others fill the share.
     assert sum(t.category == "addition_1" for t in split.held_out) == 12
-    assert sum(t.category == "addition_1" for t in split.training) == 24
+    repeats = Counter(t.id for t in split.training if t.category == "addition_1")
+    assert len(repeats) == 24
+    assert repeats.total() == 200
+    assert set(repeats.values()) == {8, 9}
 
 
 def test_a_seed_is_a_set_of_problems_whatever_else_is_asked_for() -> None:
