@@ -17,6 +17,9 @@ class JudgeForm(Protocol):
 
     name: str
     """As in `judge.name`."""
+    description: str
+    """For the card: whose judge it is and its source; ends in `own wording` where the prompt is not the published one
+    (`wording.py`)."""
     crosswalk: str | None
     """The crosswalk (`data/crosswalks/`) of its native categories; None: it names none, or canonical ones."""
 
