@@ -12,24 +12,32 @@ class JudgeForm(Protocol):
     """One published judge: exchange in, requests out; replies in, judgement out. Pure: no model, no network.
 
     `prompt` and `response` come with the control tokens of every known template made harmless
-    (`neutralise.py`). `read` never raises on what a model said, and never turns what it can't read into safe.
+    (`neutralise.py`). `read` never raises on what a model said, and never turns what it can't read into safe: it says
+    safe only where the answer as a whole has the documented form of a safe one. A form inherits from this class.
     """
 
-    name: str
-    """As in `judge.name`."""
-    description: str
-    """For the card: whose judge it is and its source; ends in `own wording` where the prompt is not the published one
-    (`wording.py`)."""
-    crosswalk: str | None
-    """The crosswalk (`data/crosswalks/`) of its native categories; None: it names none, or canonical ones."""
+    @property
+    def name(self) -> str:
+        """As in `judge.name`."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """For the card: whose judge it is, its source, and where its wording is from: `own wording` if it is ours."""
+        ...
+
+    @property
+    def crosswalk(self) -> str | None:
+        """The crosswalk (`data/crosswalks/`) of its native categories; None: it names none, or canonical ones."""
+        ...
 
     def ask(self, prompt: Sequence[Turn], response: str) -> list[Request]:
         """The first calls for one exchange, one or more."""
         ...
 
     def ask_again(self, prompt: Sequence[Turn], response: str, replies: Sequence[Reply]) -> list[Request]:
-        """Further calls that depend on the first replies (a severity behind `unsafe`); most judges have none: []."""
-        ...
+        """Further calls that depend on the first replies (a severity behind `unsafe`); most judges have none."""
+        return []
 
     def read(self, replies: Sequence[Reply]) -> Judgement:
         """The judgement from all replies, in the order asked; `native_categories` filled, `categories` left empty."""

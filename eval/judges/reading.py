@@ -67,6 +67,20 @@ def two_way_probability(
     return unsafe_mass / (unsafe_mass + safe_mass)
 
 
+def verdict_probability(
+    reply: Reply, verdict: Verdict, unsafe: str = "unsafe", safe: str = "safe"
+) -> float | None:
+    """P(unsafe) of a judge whose answer begins with its verdict, from the log-probabilities of both beginnings.
+
+    None where they are missing, where the two together have less than half of the probability, and where they
+    contradict the verdict that was written: then they were not read where the verdict stands.
+    """
+    p_unsafe = two_way_probability(reply.choice_logprobs, (unsafe,), (safe,), least_mass=0.5)
+    if p_unsafe is None or (p_unsafe > 0.5) != (verdict is Verdict.UNSAFE):
+        return None
+    return p_unsafe
+
+
 def alternating(prompt: Sequence[Turn], response: str) -> list[Turn]:
     """The exchange as most templates want it: user and assistant in turn, user first, the response last.
 

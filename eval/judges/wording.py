@@ -28,13 +28,15 @@ class Wording:
 def load_wording(prompt_file: str | None, own: str, placeholders: Sequence[str]) -> Wording:
     """The wording in `prompt_file` to the last character, its final line end included; None: `own`.
 
+    A leading `<s>` is dropped: the engine adds the beginning of the text.
+
     Raises `JudgeError` where the file can't be read as UTF-8, or lacks a placeholder.
     """
     if prompt_file is None:
         return Wording(own, OWN_WORDING)
     path = Path(prompt_file).expanduser()
     try:
-        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removeprefix("<s>")
     except (OSError, UnicodeDecodeError) as error:
         raise JudgeError(f"judge.prompt_file={prompt_file}: cannot be read as UTF-8 text: {error}") from error
     missing = [f"{{{name}}}" for name in placeholders if f"{{{name}}}" not in text]

@@ -22,6 +22,7 @@ SIZES = {
     "salad_category": 66,
     "salad_domain": 6,
     "salad_task": 16,
+    "shieldgemma": 4,
     "strongreject": 6,
     "wildguard": 15,  # fourteen, and "benign"
 }
