@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from equipoise.data.files import write_aside
-from equipoise.eval.plots import MARKERS, STATE_COLOURS
+from equipoise.eval.report.plots import MARKERS, STATE_COLOURS
 from equipoise.train.terminal import console, say
 
 TITLES = {

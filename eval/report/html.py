@@ -16,7 +16,7 @@ from equipoise.eval.category_report import (
 )
 from equipoise.eval.gate import GateCheck, GateResult
 from equipoise.eval.generation.tsdi import TokenShift
-from equipoise.eval.plots import refusal_plot, trade_off_plot, unsafe_rate_plot
+from equipoise.eval.report.plots import refusal_plot, trade_off_plot, unsafe_rate_plot
 from equipoise.eval.suites.base import HARMFUL, LOOKALIKE
 
 NUM_EXAMPLES = 3

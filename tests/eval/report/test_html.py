@@ -10,7 +10,7 @@ from equipoise.eval.category_report import CategoryReport, SampleResult
 from equipoise.eval.gate import GateRules, gate
 from equipoise.eval.generation.tsdi import TokenShift
 from equipoise.eval.judges.base import Verdict
-from equipoise.eval.report import by_position, examples, p_text, percent, points, visible, write_report
+from equipoise.eval.report.html import by_position, examples, p_text, percent, points, visible, write_report
 from equipoise.eval.terminal_table import category_table
 
 HOSTILE = "<script>alert('owned')</script><img src=x onerror=alert(1)></pre></details>"
