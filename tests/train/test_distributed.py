@@ -32,6 +32,7 @@ OVERRIDES = [
     "stages.safe.category.margin.enabled=true",
     "stages.safe.category.multiplier.enabled=true",
     "stages.safe.category.weight.mode=group_dro",
+    "stages.safe.balance=category",
     "+stages.sft={kind: sft, num_steps: 3, learning_rate: 1e-3, evaluate: false, weight: {mode: group_dro}}",
     "+stages.sft.mixture={safety: 0.75, helpful: 0.25}",
     "+stages.sft.kl={coef: 0.5, on: benign}",
@@ -102,7 +103,7 @@ def test_two_processes_train_as_one_does(
         assert {name: theirs[name] for name in numbers} == pytest.approx(
             {name: mine[name] for name in numbers}, abs=1e-4, rel=1e-4
         )
-    assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.05
+    assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.02
     assert alone[7]["train/kl"] > 1e-4
     assert alone[10]["train/loss"] < alone[8]["train/loss"] - 0.05
     assert alone[11]["held_out/num_pairs"] == 6  # an odd number of batches a rank: one repeats a batch

@@ -24,6 +24,7 @@ def stage(make_stage: Callable[..., PreferenceStageConfig]) -> PreferenceStageCo
     """Six steps with everything on that has a state: windows of four steps end between checkpoints, which are two."""
     return make_stage(
         num_steps=6,
+        balance="category",
         save_every=2,
         lr_scheduler="cosine",
         per_device_batch_size=4,
