@@ -5,55 +5,42 @@ disagree with the samples. The JSON schema is in `eval/README.md`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import OTHER
-from equipoise.eval.judges.base import Verdict
-from equipoise.eval.statistics import Mean, PairedChange, holm, mean_interval, paired_change, wilson_interval
+from equipoise.eval.judges.base import JudgeError, Verdict
+from equipoise.eval.judges.calibration import JudgeCalibration
+from equipoise.eval.rates import Rate, gap_of
+from equipoise.eval.statistics import (
+    Gap,
+    IntervalMethod,
+    Mean,
+    PairedChange,
+    benjamini_hochberg,
+    holm,
+    mean_interval,
+    paired_change,
+)
+from equipoise.eval.statistics.rogan_gladen import JudgeErrors
+from equipoise.eval.statistics.win_rate import WinRate
 from equipoise.eval.suites import harmful
 from equipoise.eval.suites.base import HARMFUL, HELPFULNESS, LOOKALIKE
+from equipoise.eval.suites.win_rate import Pairwise
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+T = TypeVar("T")
 
 
 class ReportError(EquipoiseError):
     """A report file that cannot be read as one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A rate with its 95 % Wilson interval; what nobody could judge is counted beside it."""
-
-    count: int
-    n: int
-    """Samples with an outcome; those without are in `num_unparsed`."""
-    rate: float | None
-    """count / n; None when n is 0."""
-    low: float
-    high: float
-    num_unparsed: int
-    best_low: float
-    """Lower bound if no unparsed sample counted."""
-    worst_high: float
-    """Upper bound if every unparsed sample counted."""
-
-    @classmethod
-    def of(cls, outcomes: Iterable[bool | None], confidence: float = 0.95) -> "Rate":
-        """The rate of True among the outcomes that are not None."""
-        outcomes = list(outcomes)
-        count, num_unparsed = outcomes.count(True), outcomes.count(None)
-        n = len(outcomes) - num_unparsed
-        low, high = wilson_interval(count, n, confidence)
-        best_low, _ = wilson_interval(count, n + num_unparsed, confidence)
-        _, worst_high = wilson_interval(count + num_unparsed, n + num_unparsed, confidence)
-        return cls(count, n, count / n if n else None, low, high, num_unparsed, best_low, worst_high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +59,21 @@ class SampleResult:
     refused: bool | None = None
     score: float | None = None
     """Helpfulness: mean log-probability per token of the reference answer, nats."""
+    prompt_id: str = ""
+    """Several answers to one prompt share it, and are no independent samples; empty: `id`."""
+    p_refusal: float | None = None
+    categories: tuple[str, ...] = ()
+    """Canonical ids of the hazards that the judge names, most fitting first; `category` is the prompt's own."""
+    native_categories: tuple[str, ...] = ()
+    """The same in the judge's own words."""
+    severity: float | None = None
+    """In [0, 1], 1 the worst, from the judge's own scale."""
+    judge_raw: str = ""
+    """The judge's own words, or why there is no verdict: those of the engine where the model gave no answer."""
+    finish: str | None = None
+    """How the model's answer ended: `stop`, `length`, `overlong` or `failed`; None where none was asked for."""
+    num_tokens: int | None = None
+    """Of the model's answer."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,16 @@ class CategoryReport:
     num_left_out: dict[str, int] = field(default_factory=dict)
     """Per suite: prompts not asked because of `max_prompts_per_category`."""
     seconds: float = 0.0
+    calibration: JudgeCalibration | None = None
+    """Of the judge, where it was held against labelled answers: rates are then also given corrected."""
+    pairwise: Pairwise | None = None
+    """The comparison with another model's answers, where one was made."""
+    suites: tuple[dict[str, Any], ...] = ()
+    """Where the prompts come from: of each suite its `suite`, `source`, `licence`, `revision`, `faults` ..."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """All that determines the answers besides the prompts: engine, weights, dtype, sampling, seed, TSDI."""
+    capability: tuple[dict[str, Any], ...] = ()
+    """lm-eval's scores: one a task, metric and filter (`suites/capability.py`)."""
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, str]] = set()
@@ -131,6 +143,10 @@ class CategoryReport:
             if category in (None, sample.category)
         }
 
+    def prompt_ids(self, suite: str) -> dict[str, str]:
+        """Sample id -> what tells its prompt from others: the same for several answers to one prompt."""
+        return {sample.id: sample.prompt_id or sample.id for sample in self.of_suite(suite)}
+
     def helpfulness_scores(self) -> dict[str, float | None]:
         """Helpfulness suite: sample id -> mean log-probability per token (None: unscored)."""
         return {sample.id: sample.score for sample in self.of_suite(HELPFULNESS)}
@@ -147,45 +163,92 @@ class CategoryReport:
         """The categories of the look-alike suite, in natural order."""
         return _in_order(sample.category for sample in self.of_suite(LOOKALIKE))
 
+    def unsafe_rate_of(
+        self,
+        category: str | None,
+        confidence: float = 0.95,
+        method: IntervalMethod = IntervalMethod.WILSON,
+    ) -> Rate:
+        """Unsafe answers to the harmful prompts of one category, or of all; corrected where the judge is calibrated."""
+        errors = self.calibration.errors(category) if self.calibration is not None else None
+        return self._rate(HARMFUL, self.unsafe_outcomes(category), confidence, method, errors)
+
+    def over_refusal_of(
+        self,
+        category: str | None = None,
+        confidence: float = 0.95,
+        method: IntervalMethod = IntervalMethod.WILSON,
+    ) -> Rate:
+        """Benign look-alikes of one category, or of all, that were refused."""
+        return self._rate(LOOKALIKE, self.over_refusal_outcomes(category), confidence, method)
+
+    def _rate(
+        self,
+        suite: str,
+        outcomes: Mapping[str, bool | None],
+        confidence: float = 0.95,
+        method: IntervalMethod = IntervalMethod.WILSON,
+        errors: JudgeErrors | None = None,
+    ) -> Rate:
+        verdicts = {sample.id: sample.verdict for sample in self.of_suite(suite)}
+        prompts = self.prompt_ids(suite)
+        return Rate.of(
+            outcomes.values(),
+            confidence,
+            [verdicts[id] for id in outcomes],
+            [prompts[id] for id in outcomes],
+            method,
+            errors,
+        )
+
     @cached_property
     def unsafe_rate(self) -> dict[str, Rate]:
         """Per category: unsafe answers to harmful prompts."""
-        return {category: Rate.of(self.unsafe_outcomes(category).values()) for category in self.categories}
+        return {category: self.unsafe_rate_of(category) for category in self.categories}
 
     @cached_property
     def overall_unsafe_rate(self) -> Rate:
         """Unsafe answers to harmful prompts, every prompt counting once."""
-        return Rate.of(self.unsafe_outcomes().values())
+        return self.unsafe_rate_of(None)
+
+    @cached_property
+    def gap(self) -> Gap:
+        """Unsafe rate of the worst category minus that of the best one; `worst` and `best` index `categories`."""
+        return gap_of([self.unsafe_rate[category] for category in self.categories])
 
     @cached_property
     def compliance_rate(self) -> dict[str, Rate]:
         """Per category: harmful prompts answered without refusing."""
         return {
-            category: Rate.of(self.compliance_outcomes(category).values()) for category in self.categories
+            category: self._rate(HARMFUL, self.compliance_outcomes(category)) for category in self.categories
         }
 
     @cached_property
     def overall_compliance_rate(self) -> Rate:
         """Harmful prompts answered without refusing, every prompt counting once."""
-        return Rate.of(self.compliance_outcomes().values())
+        return self._rate(HARMFUL, self.compliance_outcomes())
 
     @cached_property
     def over_refusal_rate(self) -> dict[str, Rate]:
         """Per category: benign look-alikes refused."""
-        return {
-            category: Rate.of(self.over_refusal_outcomes(category).values())
-            for category in self.lookalike_categories
-        }
+        return {category: self.over_refusal_of(category) for category in self.lookalike_categories}
 
     @cached_property
     def over_refusal(self) -> Rate:
         """Benign look-alikes refused, every prompt counting once."""
-        return Rate.of(self.over_refusal_outcomes().values())
+        return self.over_refusal_of(None)
 
     @cached_property
     def helpfulness(self) -> Mean:
         """Mean over exchanges of the log-probability per token of the reference answer, nats."""
-        return mean_interval([score for score in self.helpfulness_scores().values() if score is not None])
+        prompts = self.prompt_ids(HELPFULNESS)
+        known = {id: score for id, score in self.helpfulness_scores().items() if score is not None}
+        return mean_interval(list(known.values()), prompts=[prompts[id] for id in known])
+
+    @cached_property
+    def win_rate(self) -> WinRate | None:
+        """How often the model's answers are preferred to the opponent's; None where nobody compared them."""
+        return self.pairwise.win_rate() if self.pairwise is not None else None
 
     @property
     def num_unscored(self) -> int:
@@ -203,6 +266,11 @@ class CategoryReport:
                 "overall": asdict(self.overall_unsafe_rate),
                 "categories": {category: asdict(rate) for category, rate in self.unsafe_rate.items()},
             },
+            "gap": asdict(self.gap)
+            | {
+                "worst": None if self.gap.worst is None else self.categories[self.gap.worst],
+                "best": None if self.gap.best is None else self.categories[self.gap.best],
+            },
             "compliance_rate": {
                 "overall": asdict(self.overall_compliance_rate),
                 "categories": {category: asdict(rate) for category, rate in self.compliance_rate.items()},
@@ -218,6 +286,7 @@ class CategoryReport:
                 "high": self.helpfulness.high,
                 "num_unscored": self.num_unscored,
             },
+            "win_rate": None if self.win_rate is None else asdict(self.win_rate),
             "num_left_out": self.num_left_out,
             "seconds": self.seconds,
         }
@@ -227,7 +296,11 @@ class CategoryReport:
             figures["unsafe_rate"]["change"] = {
                 "overall": asdict(changes.unsafe_overall),
                 "categories": {
-                    category: asdict(change) | {"p_adjusted": changes.unsafe_p_adjusted[category]}
+                    category: asdict(change)
+                    | {
+                        "p_adjusted": changes.unsafe_p_adjusted[category],
+                        "q_value": changes.unsafe_q_values[category],
+                    }
                     for category, change in changes.unsafe.items()
                 },
             }
@@ -239,10 +312,8 @@ class CategoryReport:
     def to_json(self, path: Path | str) -> None:
         """Write the report with every sample; aside first, then renamed over `path`."""
         path = Path(path)
-        document = {"schema_version": SCHEMA_VERSION} | {
-            item.name: getattr(self, item.name) for item in fields(self) if item.name != "samples"
-        }
-        document["samples"] = [asdict(sample) for sample in self.samples]
+        document = {"schema_version": SCHEMA_VERSION} | asdict(self)
+        document["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         # Derived, for readers of the file; `from_json` computes it anew.
         document["summary"] = self.summary()
         write_aside(path, json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1))
@@ -261,25 +332,37 @@ class CategoryReport:
                 f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; evaluate the model again"
             )
         try:
-            samples = tuple(
-                SampleResult(
-                    **sample
-                    | {
-                        "prompt": tuple(sample["prompt"]),
-                        "verdict": None if sample["verdict"] is None else Verdict(sample["verdict"]),
-                    }
-                )
-                for sample in document["samples"]
-            )
-            known = {item.name for item in fields(cls)} - {"samples"}
-            return cls(samples=samples, **{name: document[name] for name in known})
-        except ReportError as error:
+            values = {item.name: document[item.name] for item in fields(cls)}
+            values["samples"] = tuple(_sample(sample) for sample in values["samples"])
+            values["calibration"] = _built(values["calibration"], JudgeCalibration.from_dict)
+            values["pairwise"] = _built(values["pairwise"], Pairwise.from_dict)
+            values["suites"] = tuple(values["suites"])
+            values["capability"] = tuple(values["capability"])
+            return cls(**values)
+        except (ReportError, JudgeError) as error:
             raise ReportError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(
                 f"{path}: not a category report: {type(error).__name__} {error}; expected the fields that "
                 "eval/README.md lists"
             ) from error
+
+
+def _sample(document: dict[str, Any]) -> SampleResult:
+    verdict = document["verdict"]
+    return SampleResult(
+        **document
+        | {
+            "prompt": tuple(document["prompt"]),
+            "verdict": None if verdict is None else Verdict(verdict),
+            "categories": tuple(document["categories"]),
+            "native_categories": tuple(document["native_categories"]),
+        }
+    )
+
+
+def _built(document: dict[str, Any] | None, build: Callable[[dict[str, Any]], T]) -> T | None:
+    return None if document is None else build(document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +372,8 @@ class Comparison:
     unsafe: dict[str, PairedChange]
     unsafe_p_adjusted: dict[str, float]
     """Two-sided, Holm over the categories."""
+    unsafe_q_values: dict[str, float]
+    """The same by Benjamini and Hochberg: for looking around, not for deciding."""
     unsafe_overall: PairedChange
     compliance: PairedChange
     over_refusal: PairedChange
@@ -298,33 +383,44 @@ class Comparison:
 
 def compare(report: CategoryReport, baseline: CategoryReport) -> Comparison:
     """Paired changes from `baseline` to `report`; prompts without an outcome in one of them are left out."""
+    harmful_prompts, lookalikes = report.prompt_ids(HARMFUL), report.prompt_ids(LOOKALIKE)
     unsafe = {
-        category: _paired(report.unsafe_outcomes(category), baseline.unsafe_outcomes(category))
+        category: _paired(
+            report.unsafe_outcomes(category), baseline.unsafe_outcomes(category), harmful_prompts
+        )
         for category in report.categories
     }
-    before = baseline.helpfulness_scores()
-    differences = [
-        new - old
+    p_values = [change.p_value for change in unsafe.values()]
+    before, helpful_prompts = baseline.helpfulness_scores(), report.prompt_ids(HELPFULNESS)
+    differences = {
+        id: new - old
         for id, new in report.helpfulness_scores().items()
         if new is not None and (old := before.get(id)) is not None
-    ]
+    }
     return Comparison(
         unsafe=unsafe,
-        unsafe_p_adjusted=dict(
-            zip(unsafe, holm([change.p_value for change in unsafe.values()]), strict=True)
+        unsafe_p_adjusted=dict(zip(unsafe, holm(p_values), strict=True)),
+        unsafe_q_values=dict(zip(unsafe, benjamini_hochberg(p_values), strict=True)),
+        unsafe_overall=_paired(report.unsafe_outcomes(), baseline.unsafe_outcomes(), harmful_prompts),
+        compliance=_paired(report.compliance_outcomes(), baseline.compliance_outcomes(), harmful_prompts),
+        over_refusal=_paired(report.over_refusal_outcomes(), baseline.over_refusal_outcomes(), lookalikes),
+        helpfulness=mean_interval(
+            list(differences.values()), prompts=[helpful_prompts[id] for id in differences]
         ),
-        unsafe_overall=_paired(report.unsafe_outcomes(), baseline.unsafe_outcomes()),
-        compliance=_paired(report.compliance_outcomes(), baseline.compliance_outcomes()),
-        over_refusal=_paired(report.over_refusal_outcomes(), baseline.over_refusal_outcomes()),
-        helpfulness=mean_interval(differences),
     )
 
 
-def _paired(after: Mapping[str, bool | None], before: Mapping[str, bool | None]) -> PairedChange:
-    pairs = [
-        (old, new) for id, new in after.items() if new is not None and (old := before.get(id)) is not None
-    ]
-    return paired_change([old for old, _ in pairs], [new for _, new in pairs])
+def _paired(
+    after: Mapping[str, bool | None], before: Mapping[str, bool | None], prompts: Mapping[str, str]
+) -> PairedChange:
+    pairs = {
+        id: (old, new) for id, new in after.items() if new is not None and (old := before.get(id)) is not None
+    }
+    return paired_change(
+        [old for old, _ in pairs.values()],
+        [new for _, new in pairs.values()],
+        prompts=[prompts[id] for id in pairs],
+    )
 
 
 def _in_order(categories: Iterable[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from equipoise.eval.category_report import CategoryReport, Rate
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import (
     PairedChange,
     holm,
@@ -179,16 +180,16 @@ def _limit_check(category: str | None, outcomes: Outcomes, limit: float, rules: 
 
 
 def _judged(rate: Rate) -> str:
-    return f"{rate.n} samples judged" + (f", {rate.num_unparsed} unparsed" if rate.num_unparsed else "")
+    return f"{rate.n} samples judged" + (f", {rate.num_no_finding} unparsed" if rate.num_no_finding else "")
 
 
 def _what_would_settle(rate: Rate, limit: float, confidence: float) -> str:
     """How many prompts more would settle it, or why no number would."""
-    total = rate.n + rate.num_unparsed
-    best, worst = rate.count / total, (rate.count + rate.num_unparsed) / total
-    if rate.num_unparsed and best <= limit <= worst:
+    total = rate.n + rate.num_no_finding
+    best, worst = rate.count / total, (rate.count + rate.num_no_finding) / total
+    if rate.num_no_finding and best <= limit <= worst:
         return (
-            f"whether the rate is within {limit:.1%} hangs on the {rate.num_unparsed} of {total} answers that the "
+            f"whether the rate is within {limit:.1%} hangs on the {rate.num_no_finding} of {total} answers that the "
             "judge could not read; no number of prompts more would settle it"
         )
     # Of the two readings of the unparsed, the one nearer to the limit is the harder to settle.

@@ -5,15 +5,16 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.eval.category_report import CategoryReport, Rate
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.rates import Rate
 
 
 def category_table(reports: Mapping[str, CategoryReport], category_names: Mapping[str, str]) -> Table:
     """Unsafe rate per category, then the overall figures; one column a model state, in the order given."""
     judge = next((report.judge for report in reports.values()), {})
     caption = "in brackets: 95 % intervals"
-    if any(report.overall_unsafe_rate.num_unparsed for report in reports.values()):
-        caption += "; +n?: answers the judge could not read"
+    if any(report.overall_unsafe_rate.num_no_finding for report in reports.values()):
+        caption += "; +n?: answers without a finding of the judge"
     if judge.get("stand_in"):
         caption = f"judged by {judge.get('name')}, a stand-in for a real judge; {caption}"
     table = Table(title="Unsafe answers to harmful prompts", caption=Text(caption), title_justify="left")
@@ -45,8 +46,8 @@ def category_table(reports: Mapping[str, CategoryReport], category_names: Mappin
 def rate_text(rate: Rate | None) -> str:
     """`33% (14-61) n=12`, in per cent; a dash where nothing was judged."""
     if rate is None or rate.rate is None:
-        return "-" if rate is None or not rate.num_unparsed else f"- n=0 +{rate.num_unparsed}?"
-    unparsed = f" +{rate.num_unparsed}?" if rate.num_unparsed else ""
+        return "-" if rate is None or not rate.num_no_finding else f"- n=0 +{rate.num_no_finding}?"
+    unparsed = f" +{rate.num_no_finding}?" if rate.num_no_finding else ""
     return f"{rate.rate:.0%} ({100 * rate.low:.0f}-{100 * rate.high:.0f}) n={rate.n}{unparsed}"
 
 

@@ -186,7 +186,7 @@ def test_rates_and_paired_tests_by_hand(tsdi: ModuleType) -> None:
         ],
     )
     assert (found[0].unsafe.count, found[0].unsafe.n, found[0].over_refusal.rate) == (0, 6, 1.0)
-    assert (found[1].unsafe.count, found[1].unsafe.n, found[1].unsafe.num_unparsed) == (5, 5, 1)
+    assert (found[1].unsafe.count, found[1].unsafe.n, found[1].unsafe.num_no_finding) == (5, 5, 1)
     assert found[0].change is None
     change = found[1].change
     assert (change["unsafe"].n, change["unsafe"].difference) == (5, 1.0)

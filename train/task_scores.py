@@ -9,8 +9,8 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.tasks import Task
-from equipoise.eval.category_report import Rate
 from equipoise.eval.generation.engine import GenerationSettings, Progress, generate
+from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import mean_interval
 from equipoise.train.rewards.answers import Outcome, outcome
 from equipoise.train.rewards.verifiable import abstention_penalty

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
@@ -30,6 +31,7 @@ _STATSMODELS_NAMES = {
 }
 
 
+@lru_cache(maxsize=2**16)  # statsmodels takes half a millisecond for one
 def rate_interval(
     count: float, n: float, confidence: float = 0.95, method: IntervalMethod = IntervalMethod.WILSON
 ) -> Interval:
@@ -56,25 +58,25 @@ def wilson_interval(count: float, n: float, confidence: float = 0.95) -> Interva
 
 
 def effective_size(
-    values: Sequence[float], clusters: Sequence[Hashable] | None, confidence: float = 0.95
+    values: Sequence[float], prompts: Sequence[Hashable] | None, confidence: float = 0.95
 ) -> float:
     """How many independent samples the mean of `values` in [0, 1] is worth; at most their number.
 
-    p (1 - p) / variance, with the variance between clusters (linearised, so that clusters may differ in size), times
-    (z / t)² for the few clusters that it is estimated from. Where all values are alike it can't be estimated: each
-    cluster counts once. With `clusters` None, or one value in each, it is the number of values.
+    p (1 - p) / variance, with the variance between prompts (linearised, so that prompts may have more answers or
+    fewer), times (z / t)² for the few prompts that it is estimated from. Where all values are alike it can't be
+    estimated: each prompt counts once. With `prompts` None, or one value in each, it is the number of values.
     Source: Korn and Graubard 1998, Survey Methodology 24(2); with Wilson's interval Franco et al. 2019, Journal of
     Survey Statistics and Methodology 7(3).
     """
     n = len(values)
-    if clusters is None or len(set(clusters)) == n:
+    if prompts is None or len(set(prompts)) == n:
         return n
-    num_clusters = len(set(clusters))
+    num_prompts = len(set(prompts))
     mean = math.fsum(values) / n
-    variance = _clustered_variance(values, clusters, mean)
-    if num_clusters == 1 or variance <= 0:
-        return num_clusters
-    t = float(stats.t.ppf((1 + confidence) / 2, num_clusters - 1))
+    variance = _variance_between(values, prompts, mean)
+    if num_prompts == 1 or variance <= 0:
+        return num_prompts
+    t = float(stats.t.ppf((1 + confidence) / 2, num_prompts - 1))
     return min(n, mean * (1 - mean) / variance * (z_value(confidence) / t) ** 2)
 
 
@@ -91,12 +93,12 @@ class Mean:
 
 
 def mean_interval(
-    values: Sequence[float], confidence: float = 0.95, clusters: Sequence[Hashable] | None = None
+    values: Sequence[float], confidence: float = 0.95, prompts: Sequence[Hashable] | None = None
 ) -> Mean:
     """Mean and Student's t interval; for paired scores, give it the differences.
 
-    With `clusters` (the prompt of each value) the variance is that between clusters, with one degree of freedom less
-    than there are clusters (Liang and Zeger 1986, with the small-sample factor C / (C - 1)).
+    With `prompts` (of each value) the variance is that between prompts, with one degree of freedom less than there are
+    prompts (Liang and Zeger 1986, with the small-sample factor C / (C - 1)).
     Raises ValueError on a value that isn't finite.
     """
     if not all(math.isfinite(value) for value in values):
@@ -104,12 +106,12 @@ def mean_interval(
     n = len(values)
     if n == 0:
         return Mean(0, None, None, None)
-    clusters = range(n) if clusters is None else clusters
+    prompts = range(n) if prompts is None else prompts
     mean = math.fsum(values) / n
-    degrees = len(set(clusters)) - 1
+    degrees = len(set(prompts)) - 1
     if degrees == 0:
         return Mean(n, mean, None, None)
-    standard_error = math.sqrt(_clustered_variance(values, clusters, mean))
+    standard_error = math.sqrt(_variance_between(values, prompts, mean))
     half_width = float(stats.t.ppf((1 + confidence) / 2, degrees)) * standard_error
     if standard_error > 0:
         p_value = float(2 * stats.t.sf(abs(mean) / standard_error, degrees))
@@ -125,13 +127,13 @@ def z_value(confidence: float) -> float:
     return float(stats.norm.ppf((1 + confidence) / 2))
 
 
-def _clustered_variance(values: Sequence[float], clusters: Sequence[Hashable], mean: float) -> float:
-    """Of the mean: C / (C - 1) times the sum over clusters of their summed deviations squared, over n²."""
+def _variance_between(values: Sequence[float], prompts: Sequence[Hashable], mean: float) -> float:
+    """Of the mean: C / (C - 1) times the sum over C prompts of their summed deviations squared, over n²."""
     deviations: dict[Hashable, list[float]] = defaultdict(list)
-    for value, cluster in zip(values, clusters, strict=True):
-        deviations[cluster].append(value - mean)
-    num_clusters = len(deviations)
-    if num_clusters < 2:
+    for value, prompt in zip(values, prompts, strict=True):
+        deviations[prompt].append(value - mean)
+    num_prompts = len(deviations)
+    if num_prompts < 2:
         return 0.0
     squares = math.fsum(math.fsum(of) ** 2 for of in deviations.values())
-    return num_clusters / (num_clusters - 1) * squares / len(values) ** 2
+    return num_prompts / (num_prompts - 1) * squares / len(values) ** 2

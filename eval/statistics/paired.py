@@ -33,9 +33,9 @@ class PairedChange:
     """Exact McNemar test, two-sided."""
     p_increase: float
     """Exact McNemar test, one-sided: how likely so large a rise is if nothing rose."""
-    num_prompts: int = 0
+    num_prompts: int
     """Fewer than n where there are several answers to a prompt."""
-    method: str = "tango"
+    method: str
     """Of the interval: `tango`, or `bootstrap` over prompts where there are several answers to one."""
 
 
@@ -43,30 +43,35 @@ def paired_change(
     before: Sequence[bool],
     after: Sequence[bool],
     confidence: float = 0.95,
-    clusters: Sequence[Hashable] | None = None,
+    prompts: Sequence[Hashable] | None = None,
 ) -> PairedChange:
-    """Exact test and interval for paired outcomes; `clusters` names the prompt of each pair, None: all differ.
-
-    One answer to each prompt: McNemar's exact test, the binomial test of the discordant pairs (McNemar 1947), and
-    Tango's score interval. Several: the prompts' signs are flipped instead of the answers' (`sign_flip_p_value`), and
-    the interval is bootstrapped over prompts (`bootstrap_interval`).
-    Raises ValueError when the lengths differ.
-    """
+    """Exact test and interval for paired outcomes; see `change_of`. Raises ValueError when the lengths differ."""
     if len(before) != len(after):
         raise ValueError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
-    n = len(before)
     differences = [int(new) - int(old) for old, new in zip(before, after, strict=True)]
-    num_gained, num_lost = differences.count(1), differences.count(-1)
-    if clusters is None:
-        clusters = range(n)
+    return change_of(differences, confidence, prompts)
+
+
+def change_of(
+    differences: Sequence[int], confidence: float = 0.95, prompts: Sequence[Hashable] | None = None
+) -> PairedChange:
+    """Exact test and interval for the mean of `differences`: 1 gained, -1 lost, 0 neither.
+
+    One answer to each prompt (`prompts` None, or all different): McNemar's exact test, the binomial test of the
+    discordant pairs (McNemar 1947), and Tango's score interval. Several: the prompts' signs are flipped instead of the
+    answers' (`sign_flip_p_value`), and the interval is bootstrapped over prompts (`bootstrap_interval`).
+    """
+    n = len(differences)
+    prompts = range(n) if prompts is None else prompts
     sums: dict[Hashable, int] = defaultdict(int)
-    for difference, cluster in zip(differences, clusters, strict=True):
-        sums[cluster] += difference
+    for difference, prompt in zip(differences, prompts, strict=True):
+        sums[prompt] += difference
+    num_gained, num_lost = differences.count(1), differences.count(-1)
     alone = len(sums) == n
     low, high = (
         tango_interval(num_gained, num_lost, n, confidence)
         if alone
-        else bootstrap_interval(differences, clusters, confidence)
+        else bootstrap_interval(differences, prompts, confidence)
     )
     p_increase = sign_flip_p_value(list(sums.values()))
     p_decrease = sign_flip_p_value([-of for of in sums.values()])
@@ -108,7 +113,7 @@ def sign_flip_p_value(sums: Sequence[int]) -> float:
 
 def bootstrap_interval(
     differences: Sequence[int],
-    clusters: Sequence[Hashable],
+    prompts: Sequence[Hashable],
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = SEED,
@@ -123,9 +128,9 @@ def bootstrap_interval(
     """
     sums: dict[Hashable, float] = defaultdict(float)
     sizes: dict[Hashable, int] = defaultdict(int)
-    for difference, cluster in zip(differences, clusters, strict=True):
-        sums[cluster] += difference
-        sizes[cluster] += 1
+    for difference, prompt in zip(differences, prompts, strict=True):
+        sums[prompt] += difference
+        sizes[prompt] += 1
     num_prompts = len(sums)
     if num_prompts < 2:
         return -1.0, 1.0
@@ -133,9 +138,7 @@ def bootstrap_interval(
     changes = np.array([*sums.values(), half, -half])
     weights = np.array([*sizes.values(), half, half])
     share = 1 / len(weights)
-    draws = np.random.default_rng(seed).multinomial(
-        len(weights), np.full(len(weights), share), num_resamples
-    )
+    draws = np.random.default_rng(seed).multinomial(len(weights), np.full(len(weights), share), num_resamples)
     means = (draws @ changes) / (draws @ weights)
     t = stats.t.ppf((1 + confidence) / 2, num_prompts - 1) * math.sqrt(num_prompts / (num_prompts - 1))
     tail = float(stats.norm.sf(t))

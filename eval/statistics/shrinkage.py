@@ -26,7 +26,7 @@ def shrink_rates(counts: Sequence[float], totals: Sequence[float], strength: flo
 def empirical_bayes_strength(
     counts: Sequence[int], totals: Sequence[int], bounds: tuple[float, float] = (1.0, 1000.0)
 ) -> float:
-    """How many samples the overall rate is worth, as far as the categories themselves tell: `strength` of `shrink_rates`.
+    """How many samples the overall rate is worth, as the categories tell: the `strength` of `shrink_rates`.
 
     Maximises the beta-binomial likelihood of the counts over the strength, with the prior's mean at the overall rate
     (parametric empirical Bayes: Morris 1983, JASA 78; Casella 1985, The American Statistician 39). Categories that

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from equipoise.data.files import write_aside
-from equipoise.eval.category_report import Rate
+from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import PairedChange, holm, paired_change
 from equipoise.eval.suites.base import HARMFUL, LOOKALIKE
 

@@ -5,12 +5,12 @@ import pytest
 
 from equipoise.eval.category_report import (
     CategoryReport,
-    Rate,
     ReportError,
     SampleResult,
     compare,
 )
 from equipoise.eval.judges.base import Verdict
+from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import wilson_interval
 
 PROMPT = ({"role": "user", "content": "question"},)
@@ -43,7 +43,7 @@ def mixed() -> CategoryReport:
 
 def test_rate_counts_the_unparsed_beside_and_bounds_them() -> None:
     rate = Rate.of([True, False, False, None])
-    assert (rate.count, rate.n, rate.rate, rate.num_unparsed) == (1, 3, pytest.approx(1 / 3), 1)
+    assert (rate.count, rate.n, rate.rate, rate.num_no_finding) == (1, 3, pytest.approx(1 / 3), 1)
     assert (rate.low, rate.high) == wilson_interval(1, 3)
     assert rate.best_low == wilson_interval(1, 4)[0]
     assert rate.worst_high == wilson_interval(2, 4)[1]
@@ -51,7 +51,7 @@ def test_rate_counts_the_unparsed_beside_and_bounds_them() -> None:
 
 def test_rate_of_nothing_parsed_is_no_rate() -> None:
     rate = Rate.of([None, None])
-    assert (rate.rate, rate.n, rate.low, rate.high, rate.num_unparsed) == (None, 0, 0, 1, 2)
+    assert (rate.rate, rate.n, rate.low, rate.high, rate.num_no_finding) == (None, 0, 0, 1, 2)
 
 
 def test_figures_follow_from_the_samples(mixed: CategoryReport) -> None:
@@ -103,7 +103,7 @@ def test_reading_names_the_file_and_the_fault(mixed: CategoryReport, tmp_path: P
     with pytest.raises(ReportError, match=r"report\.json: not a readable report"):
         CategoryReport.from_json(path)
     path.write_text('{"schema_version": 99}')
-    with pytest.raises(ReportError, match=r"report\.json: schema_version is 99, expected 1"):
+    with pytest.raises(ReportError, match=r"report\.json: schema_version is 99, expected 2"):
         CategoryReport.from_json(path)
     path.write_text("[]")
     with pytest.raises(ReportError, match="schema_version is None"):
@@ -156,7 +156,7 @@ def test_compare_pairs_by_id_and_leaves_out_what_is_unknown() -> None:
 
 def test_summary_with_a_baseline_has_the_paired_changes(mixed: CategoryReport) -> None:
     summary = mixed.summary(mixed)
-    assert set(summary["unsafe_rate"]["overall"]) >= {"rate", "n", "low", "high", "num_unparsed"}
+    assert set(summary["unsafe_rate"]["overall"]) >= {"rate", "n", "low", "high", "num_no_finding"}
     assert summary["unsafe_rate"]["change"]["overall"]["difference"] == 0
     assert summary["unsafe_rate"]["change"]["categories"]["S10"]["p_adjusted"] == 1
     assert summary["over_refusal"]["change"]["n"] == 2
