@@ -28,7 +28,8 @@ class JudgeForm(Protocol):
 
     @property
     def crosswalk(self) -> str | None:
-        """The crosswalk (`data/crosswalks/`) of its native categories; None: it names none, or canonical ones."""
+        """The crosswalk of its native categories, a shipped one (`data/crosswalks/`) or a user's YAML; None: it names
+        none, or canonical ones."""
         ...
 
     def ask(self, prompt: Sequence[Turn], response: str) -> list[Request]:
@@ -40,5 +41,5 @@ class JudgeForm(Protocol):
         return []
 
     def read(self, replies: Sequence[Reply]) -> Judgement:
-        """The judgement from all replies, in the order asked; `native_categories` filled, `categories` left empty."""
+        """The judgement from all replies, in the order asked; `categories` is left to the crosswalk if it has one."""
         ...

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from equipoise.data.crosswalk import Crosswalk, crosswalk
+from equipoise.data.crosswalk import Crosswalk, find_crosswalk
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import OTHER
 from equipoise.eval.generation.requests import Engine, Progress, Reply, Request
@@ -24,7 +24,7 @@ class ModelJudge:
     """Of the judge's own tokenizer, where it is at hand: neutralised beside the known templates."""
 
     def __post_init__(self) -> None:
-        self._crosswalk = crosswalk(self.form.crosswalk) if self.form.crosswalk is not None else None
+        self._crosswalk = find_crosswalk(self.form.crosswalk) if self.form.crosswalk is not None else None
 
     def judge(
         self, prompts: Sequence[Sequence[Turn]], responses: Sequence[str], progress: Progress | None = None

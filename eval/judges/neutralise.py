@@ -10,8 +10,8 @@ letters, accents) and across characters that don't show (zero-width, soft hyphen
 
 Families: Llama 2, Mistral (`[INST]`, `<<SYS>>`, `[TOOL_CALLS]`, `<s>`), ChatML, Qwen, Phi, Llama 3 and 4, Granite and
 harmony (`<|...|>`), DeepSeek (`<｜...｜>`), Gemma (`<start_of_turn>`, `<|turn>`), T5, InternLM 2, GLM; reasoning
-(`<think>`); the section marks of Llama Guard, MD-Judge, WildGuard, ShieldGemma, HarmBench, BingoGuard, beaver; the
-answers of DynaGuard, Granite Guardian, MD-Judge, Qwen3Guard, WildGuard.
+(`<think>`); the section marks of Llama Guard, MD-Judge, WildGuard, ShieldGemma, HarmBench, BingoGuard, DynaGuard,
+StrongREJECT, Granite Guardian, beaver; the answers of DynaGuard, Granite Guardian, MD-Judge, Qwen3Guard, WildGuard.
 """
 
 import re
@@ -37,7 +37,7 @@ _BRACKETS = (
 )
 _ROLES = (
     r"user|agent|human|human user|ai|ai assistant|assistant|bot|chatbot|chatbot response|human question|system"
-    r"|behavior|generation|answers?"
+    r"|behavior|generation|answers?|query|response|user instruction|ai model response|criteria|scoring schema"
 )
 _FIELDS = (
     r"safety|result|verdict|judge?ment|violation|harmful request|response refusal|harmful response|refusal"
@@ -57,7 +57,7 @@ _MARKS = (
     r"(?:CONVERSATION|UNSAFE[ \t_-]{1,4}CONTENT|SAFETY[ \t_-]{1,4}(?:POLICY|POLICIES)))",
     r"(?i:(?<=<)(?:BEGIN|END)(?=[ \t_-]{1,4}(?:CONVERSATION|UNSAFE[ \t_-]{1,4}CONTENT)))",
     r"\bBEGINNING(?=[ \t_-]{1,4}OF[ \t_-]{1,4}CONVERSATION)",
-    rf"^[ \t>#*_`-]*(?i:{_ROLES})[*_`]{{0,3}}(?=[ \t]{{0,4}}:)",
+    rf"^[ \t>#*_`'\"\[-]*(?i:{_ROLES})[*_`'\"\]]{{0,3}}(?=[ \t]{{0,4}}:)",
     rf"^[ \t>#*_`-]*(?i:{_FIELDS})[*_`]{{0,3}}(?=[ \t]{{0,4}}:[ \t*_`]{{0,4}}(?i:{_VALUES}))",
 )
 _PATTERN = re.compile("|".join(_MARKS), re.MULTILINE)

@@ -14,9 +14,11 @@ SIZES = {
     "catqa": 11,
     "do_not_answer": 12,
     "do_not_answer_area": 5,
+    "granite_guardian": 8,
     "harmbench": 7,
     "llama_guard": 14,
     "llama_guard_2": 11,
+    "or_bench": 10,
     "pku_saferlhf": 19,
     "qwen3guard": 10,  # nine, and "None"
     "salad_category": 66,
@@ -65,6 +67,7 @@ def test_salad_codes_recur_at_every_level_and_o61_does_not_exist() -> None:
     [
         ("pku_saferlhf", "white-collar crime", "White-Collar Crime"),
         ("bingoguard", "Violent crime", "Violent Crime"),
+        ("bingoguard", "S8", "Weapon"),
         ("beavertails", "drug_abuse,weapons,banned_substance", "drug_abuse,weapons,banned_substance"),
         ("llama_guard", "S11", "S11: Suicide & Self-Harm"),
         ("llama_guard", "Self-Harm", "S11: Suicide & Self-Harm"),
