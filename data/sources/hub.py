@@ -25,6 +25,10 @@ TYPE_NAMES = {
 }
 
 
+_READERS = {".parquet": "parquet", ".csv": "csv"}
+"""The reader of `datasets` by the suffix of the files; absent: JSON, one object a line or one array."""
+
+
 @dataclass(frozen=True)
 class HubSet:
     """Files of a data set, and what the loader that was written for them expects in a row."""
@@ -64,7 +68,7 @@ def read_rows(hub_set: HubSet, mirror: str | None, num_rows: int | None) -> Iter
     try:
         rows = datasets.load_dataset(
             # The files by themselves: a repository's card may name configurations, splits and features of its own.
-            "parquet" if hub_set.files[0].endswith(".parquet") else "json",
+            _READERS.get(Path(hub_set.files[0]).suffix, "json"),
             data_files=[f"{base}/{file}" for file in hub_set.files],
             split="train",
             streaming=folder is not None or num_rows is not None,

@@ -1,15 +1,18 @@
-"""The suites' names, and what they are drawn from."""
+"""A suite is data and a score: which prompts are asked, and what is made of the answers."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from equipoise.data.schema import Exchange
+from equipoise.eval.generation.requests import Progress
 
 HARMFUL = "harmful"
 LOOKALIKE = "lookalike"
 HELPFULNESS = "helpfulness"
-SUITES = (HARMFUL, LOOKALIKE, HELPFULNESS)
-"""In the order in which they are run and reported."""
+COMPLIANCE = "compliance"
+SUITES = (HARMFUL, LOOKALIKE, HELPFULNESS, COMPLIANCE)
+"""How samples name the suite they belong to, in the order in which suites are run and reported."""
 
 
 class SuiteData(Protocol):
@@ -28,4 +31,30 @@ class SuiteData(Protocol):
     @property
     def helpful_prompts(self) -> Sequence[Exchange]:
         """Ordinary prompts, each with a reference answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The prompts of one suite, and where they are from."""
+
+    name: str
+    """One of `SUITES`: it decides the score."""
+    exchanges: Sequence[Exchange]
+    num_available: int
+    """Prompts before a limit."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the report: source, licence, revision, faults, rows left out."""
+
+
+class ReferenceScorer(Protocol):
+    """Whatever tells how likely the model under test finds a reference answer."""
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Whatever determines its scores besides the exchange: weights, dtype, token bias, longest exchange."""
+        ...
+
+    def score(self, exchanges: Sequence[Exchange], progress: Progress | None = None) -> list[float | None]:
+        """Mean log-probability per token of each reference answer, nats; None: unscored."""
         ...

