@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.train.recipe import RecipeError
-from equipoise.train.recipe_checks import near_misses
-from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe.checks import near_misses
+from equipoise.train.recipe.loading import load_recipe
 
 CRASH, USER_ERROR, INTERRUPTED = 1, 2, 130
 

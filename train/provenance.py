@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from equipoise.data.sources import SafetyData
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.recipe.stages import PreferenceStageConfig
 from equipoise.train.stages.preference import stage_pairs
 
 

@@ -34,13 +34,13 @@ from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.embedded import EmbeddedJudge
 from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.eval.terminal_table import category_table
-from equipoise.train.dry_run import plan
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
+from equipoise.train.planning.dry_run import plan
 from equipoise.train.recipe import Recipe, RecipeError
-from equipoise.train.recipe_data_checks import check_data
-from equipoise.train.recipe_rl import GRPOStageConfig, SafeRLHFStageConfig
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.data_checks import check_data
+from equipoise.train.recipe.rl import GRPOStageConfig, SafeRLHFStageConfig
+from equipoise.train.recipe.stages import (
     CostModelStageConfig,
     KTOStageConfig,
     MergeStageConfig,
@@ -265,12 +265,12 @@ def _data_helpers(recipe: Recipe) -> Helpers:
 
     def categories(prompts: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[Guess]:
         found = judge.judge(prompts, answers)
-        if found and all(judgement.category is None for judgement in found):
+        if found and not any(judgement.categories for judgement in found):
             raise RecipeError(
                 f"data.categorise: found 'judge', but {judge.card.name} names no category of what it finds unsafe; "
                 "possible: none, classifier"
             )
-        return [Guess(judgement.category or OTHER, None) for judgement in found]
+        return [Guess(next(iter(judgement.categories), OTHER), None) for judgement in found]
 
     return Helpers(p_safe, categories)
 

@@ -28,7 +28,6 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import ModelOutput
 
 from equipoise.eval.models import DTYPES, Dtype, ModelError, load_model
-from equipoise.train.completion_head import base_causal_lm
 from equipoise.train.model import save_folder
 from equipoise.train.scorer_card import (
     HEAD_FILE,
@@ -38,6 +37,7 @@ from equipoise.train.scorer_card import (
     read_card,
     weights_hash,
 )
+from equipoise.train.trainers.completion_head import base_causal_lm
 
 _PROBE = "Don't panic:  3.14 + 27 = 30.14?\n\tÜber 100 naïve emoji 🙂 <b>tags</b>."
 """Text that tokenizers with the same vocabulary may still cut differently."""

@@ -11,7 +11,7 @@ from datasets import Dataset
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources import SafetyData, normalise_prompt
-from equipoise.train.recipe_stages import CostModelStageConfig, ScorerStageConfig
+from equipoise.train.recipe.stages import CostModelStageConfig, ScorerStageConfig
 from equipoise.train.scorer import cut_behind_end
 
 

@@ -11,7 +11,7 @@ from equipoise.data.sources import SafetyData
 from equipoise.data.splits import normalise_prompt, split_by_prompt
 from equipoise.data.tasks import Task, generate_arithmetic, load_jsonl_tasks, with_instruction
 from equipoise.data.taxonomy import load_taxonomy
-from equipoise.train.recipe_rl import GRPOStageConfig
+from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.rewards.verifiable import abstention_penalty
 from equipoise.train.sampling import order_pairs
 

@@ -15,7 +15,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train.model import merged, save_adapter, save_policy
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import StageConfig, TrainingConfig
+from equipoise.train.recipe.stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
 
 STATE_FILE = "category_state.json"

@@ -14,12 +14,12 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.sources import load_data
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.cli import compose
-from equipoise.train.memory import ModelSize, Training
-from equipoise.train.phase_memory import PhaseMemory
+from equipoise.train.planning.memory import ModelSize, Training
+from equipoise.train.planning.phase_memory import PhaseMemory
+from equipoise.train.planning.stage_plans import Planning, plan_stage
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.run import run
-from equipoise.train.stage_plans import Planning, plan_stage
 
 WARM_UP = "warm_up"
 """Folder of the small model."""

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.eval.models import resolve_model
-from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.recipe import ModelConfig
+from equipoise.train.trainers.category_terms import CategoryTerms
 
 DESCRIPTION = """\
 Train the same LoRA on the same pairs twice, with TRL's DPOTrainer and with equipoise's, in step and batch by batch.

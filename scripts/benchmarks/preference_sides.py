@@ -19,18 +19,18 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import load_jsonl_pairs, load_samples
 from equipoise.eval.models import load_model, load_tokenizer
-from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import peft_config
 from equipoise.train.pairs import PairCollator, encode_pairs
-from equipoise.train.preference_trainer import PreferenceTrainer
 from equipoise.train.recipe import ModelConfig
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.stages import (
     CategoryConfig,
     MarginConfig,
     MultiplierConfig,
     PreferenceStageConfig,
     WeightConfig,
 )
+from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.preference import PreferenceTrainer
 
 
 @dataclass

@@ -106,8 +106,8 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
         f"intervals: {result['num_replicates']} bootstrap replicates that draw prompts (within their category)"
         + (" and seeds" if len(seeds) > 1 else "")
         + " as wholes; the worst and the best category are found in each. The largest of several noisy rates "
-        "overshoots, and the interval of the worst category allows for it: it may lie mostly below its estimate; none is "
-        "narrower than Wilson's over the prompts (of a difference, than Tango's where not one prompt differs)",
+        "overshoots, and the interval of the worst category allows for it: it may lie mostly below its estimate; none "
+        "is narrower than Wilson's over the prompts (of a difference, than Tango's where not one prompt differs)",
     ]
     if len(seeds) == 1:
         notes.append("one seed says nothing about how much another training would differ")

@@ -20,7 +20,7 @@ from equipoise.train.cli import compose
 from equipoise.train.gatekeeper import evaluation_settings
 from equipoise.train.model import default_device, load_policy
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.run import run
 from equipoise.train.terminal import Progress
 

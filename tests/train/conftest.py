@@ -13,7 +13,7 @@ from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
 from equipoise.train.recipe import ModelConfig, Recipe
-from equipoise.train.recipe_stages import PreferenceStageConfig, StageConfig
+from equipoise.train.recipe.stages import PreferenceStageConfig, StageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from equipoise.data.sources import SafetyData
 from equipoise.train import cli
-from equipoise.train.step_table import StepTable
+from equipoise.train.trainers.step_table import StepTable
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
-from equipoise.train import grpo_trainer
 from equipoise.train.recipe import DataConfig, EvaluationConfig, LoraConfig, ModelConfig, Recipe
-from equipoise.train.recipe_rl import ArithmeticConfig, CostConfig, GRPOStageConfig, MultiplierUpdateConfig
-from equipoise.train.recipe_stages import WeightConfig
+from equipoise.train.recipe.rl import ArithmeticConfig, CostConfig, GRPOStageConfig, MultiplierUpdateConfig
+from equipoise.train.recipe.stages import WeightConfig
 from equipoise.train.rewards import verifiable
 from equipoise.train.scorer import Scorer, save_scorer
 from equipoise.train.scorer_card import ScorerCard
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages import grpo
 from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.trainers import grpo as grpo_trainer
 from equipoise.train.training import STATE_FILE, TrainingError
 
 

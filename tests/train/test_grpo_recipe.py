@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_module
 
 from equipoise.data.sources import SafetyData
 from equipoise.train.recipe import Recipe, RecipeError
-from equipoise.train.recipe_data_checks import check_data
-from equipoise.train.recipe_loading import load_recipe
+from equipoise.train.recipe.data_checks import check_data
+from equipoise.train.recipe.loading import load_recipe
 
 
 def loaded(*overrides: str) -> Recipe:

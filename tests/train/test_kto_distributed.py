@@ -14,7 +14,7 @@ from equipoise.data.sources import SafetyData
 from equipoise.data.unpaired import read_unpaired
 from equipoise.train import cli
 from equipoise.train.answers import encode_answers
-from equipoise.train.recipe_stages import KTOStageConfig
+from equipoise.train.recipe.stages import KTOStageConfig
 from equipoise.train.stages.log_ratios import draw
 
 ROOT = Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from equipoise.train.merging import (
 )
 from equipoise.train.model import save_adapter
 from equipoise.train.recipe import ModelConfig, Recipe
-from equipoise.train.recipe_stages import MergeStageConfig
+from equipoise.train.recipe.stages import MergeStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.merge import run_merge
 

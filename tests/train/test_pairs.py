@@ -14,7 +14,6 @@ from equipoise.data.errors import DataError
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import load_jsonl_pairs, load_samples
 from equipoise.data.templates import encode_turns
-from equipoise.train.completion_head import add_completion_head
 from equipoise.train.pairs import (
     PairCollator,
     can_share_prompt,
@@ -25,6 +24,7 @@ from equipoise.train.pairs import (
     pair_attention_mask,
     sum_by_sequence,
 )
+from equipoise.train.trainers.completion_head import add_completion_head
 
 
 def make_pair(

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.schema import LabelledExchange
 from equipoise.data.sources import SafetyData
-from equipoise.train import dry_run as dry_run_module
 from equipoise.train import gatekeeper as gatekeeper_module
 from equipoise.train import run as run_module
 from equipoise.train.cli import compose
+from equipoise.train.planning import dry_run as dry_run_module
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_loading import load_recipe
-from equipoise.train.recipe_stages import TrainingConfig
+from equipoise.train.recipe.loading import load_recipe
+from equipoise.train.recipe.stages import TrainingConfig
 from equipoise.train.run import run
 from equipoise.train.scorer_card import read_card
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from equipoise.train.recipe import LoraConfig
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.stages import (
     CategoryConfig,
     KLConfig,
     MarginConfig,

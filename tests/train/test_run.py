@@ -16,7 +16,7 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
 from equipoise.train import run as run_module
 from equipoise.train.recipe import EvaluationConfig, GateConfig, ModelConfig, Recipe, RecipeError
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.stages import (
     CategoryConfig,
     MarginConfig,
     PreferenceStageConfig,

@@ -9,7 +9,7 @@ import pytest
 
 from equipoise.data.config import DataConfig
 from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe
-from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.recipe.stages import PreferenceStageConfig
 from equipoise.train.run import run
 
 

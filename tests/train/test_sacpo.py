@@ -17,7 +17,7 @@ from equipoise.data.sources import SafetyData
 from equipoise.train import run as run_module
 from equipoise.train.merging import Adapter, Weights, add_adapters
 from equipoise.train.recipe import EvaluationConfig, GateConfig, ModelConfig, Recipe
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.stages import (
     CategoryConfig,
     KTOStageConfig,
     MergeStageConfig,

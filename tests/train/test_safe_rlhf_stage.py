@@ -17,12 +17,12 @@ from equipoise.data.errors import DataError
 from equipoise.eval.models import load_model
 from equipoise.train import cli
 from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError
-from equipoise.train.recipe_checks import Problems
-from equipoise.train.recipe_data_checks import check_data
-from equipoise.train.recipe_rl import MultiplierUpdateConfig, RolloutConfig, SafeRLHFStageConfig
-from equipoise.train.recipe_safe_rlhf_checks import constrained, policy_origin
-from equipoise.train.recipe_stage_checks import check_stages
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.checks import Problems
+from equipoise.train.recipe.data_checks import check_data
+from equipoise.train.recipe.rl import MultiplierUpdateConfig, RolloutConfig, SafeRLHFStageConfig
+from equipoise.train.recipe.safe_rlhf_checks import constrained, policy_origin
+from equipoise.train.recipe.stage_checks import check_stages
+from equipoise.train.recipe.stages import (
     CostModelStageConfig,
     PreferenceStageConfig,
     RewardModelStageConfig,

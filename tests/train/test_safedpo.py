@@ -10,7 +10,7 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.sources import SafetyData
 from equipoise.train.provenance import provenance
 from equipoise.train.recipe import LossConfig, Recipe
-from equipoise.train.recipe_stages import KLConfig
+from equipoise.train.recipe.stages import KLConfig
 
 LOSS = LossConfig("safedpo", delta=2.0)
 

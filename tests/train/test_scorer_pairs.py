@@ -9,8 +9,8 @@ from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources import SafetyData, normalise_prompt
 from equipoise.train.recipe import Recipe, RecipeError
-from equipoise.train.recipe_data_checks import check_data
-from equipoise.train.recipe_stages import CostModelStageConfig, RewardModelStageConfig
+from equipoise.train.recipe.data_checks import check_data
+from equipoise.train.recipe.stages import CostModelStageConfig, RewardModelStageConfig
 from equipoise.train.scorer_pairs import scorer_pairs, scorer_rows, split_by_prompt
 
 MakeData = Callable[..., SafetyData]

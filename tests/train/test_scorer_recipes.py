@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_module
 from equipoise.data.sources import SafetyData
 from equipoise.train import run as run_module
 from equipoise.train.recipe import Recipe, RecipeError
-from equipoise.train.recipe_loading import load_recipe
-from equipoise.train.recipe_stages import CostModelStageConfig, RewardModelStageConfig
+from equipoise.train.recipe.loading import load_recipe
+from equipoise.train.recipe.stages import CostModelStageConfig, RewardModelStageConfig
 from equipoise.train.run import run
 from equipoise.train.scorer_card import read_card
 

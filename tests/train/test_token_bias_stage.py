@@ -12,8 +12,8 @@ from equipoise.eval.generation.engine import GenerationSettings, generate
 from equipoise.eval.generation.tsdi import TokenBias, TSDISettings, estimate_token_bias
 from equipoise.eval.models import ModelError, load_model
 from equipoise.train.recipe import ModelConfig, Recipe, RecipeError
-from equipoise.train.recipe_loading import load_recipe
-from equipoise.train.recipe_stages import TokenBiasStageConfig
+from equipoise.train.recipe.loading import load_recipe
+from equipoise.train.recipe.stages import TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.token_bias import run_token_bias
 

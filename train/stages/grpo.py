@@ -18,13 +18,11 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.tasks import Task
 from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.engine import GenerationSettings, end_tokens
-from equipoise.train.category_terms import CategoryTerms
-from equipoise.train.grpo_trainer import COST, RewardFunction, VerifiableTrainer
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import default_device, load_policy, peft_config
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_rl import GRPOStageConfig
-from equipoise.train.recipe_stages import CategoryConfig
+from equipoise.train.recipe.rl import GRPOStageConfig
+from equipoise.train.recipe.stages import CategoryConfig
 from equipoise.train.rewards.judged import Cost, JudgeVerdict
 from equipoise.train.rewards.verifiable import (
     answer_format,
@@ -37,6 +35,8 @@ from equipoise.train.scorer import check_scorer, load_scorer
 from equipoise.train.stage_tasks import StageTasks, judged_categories, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.task_scores import TaskScores, score_tasks
+from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.grpo import COST, RewardFunction, VerifiableTrainer
 from equipoise.train.training import (
     TrainingError,
     examples_per_step,
@@ -221,8 +221,9 @@ def _trainer(
         )
     except ConnectionError as error:
         raise TrainingError(
-            f"no vLLM server at {stage.vllm.url} within {stage.vllm.timeout:g} s: {error}. Start one (train/rollout.py "
-            "says how), set vllm.url, or sample with the training model (vllm.enabled=false)."
+            f"no vLLM server at {stage.vllm.url} within {stage.vllm.timeout:g} s: {error}. Start one "
+            "(train/trainers/rollout.py says how), set vllm.url, or sample with the training model "
+            "(vllm.enabled=false)."
         ) from error
 
 

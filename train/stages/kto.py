@@ -10,12 +10,12 @@ from equipoise.data.sources import SafetyData
 from equipoise.data.templates import EncodingLimits
 from equipoise.data.unpaired import UnpairedData, from_labelled, from_pairs, load_unpaired
 from equipoise.train.answers import encode_answers
-from equipoise.train.kto_trainer import KTOTrainer
-from equipoise.train.mismatched import with_mismatched
 from equipoise.train.recipe import DataConfig
-from equipoise.train.recipe_stages import KTOStageConfig
+from equipoise.train.recipe.stages import KTOStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import Drawn, draw, train_on_log_ratios
+from equipoise.train.trainers.kto import KTOTrainer
+from equipoise.train.trainers.mismatched import with_mismatched
 from equipoise.train.training import examples_per_step
 
 

@@ -16,18 +16,18 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import EncodingLimits
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers, encode_chosen
-from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import (
     load_policy,
     peft_config,
     uses_frozen_copy,
 )
-from equipoise.train.preference_trainer import PreferenceTrainer
-from equipoise.train.random_contexts import RandomContexts
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import KLConfig, LogRatioStageConfig, MixtureConfig
+from equipoise.train.recipe.stages import KLConfig, LogRatioStageConfig, MixtureConfig
 from equipoise.train.sampling import order_pairs
 from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.preference import PreferenceTrainer
+from equipoise.train.trainers.random_contexts import RandomContexts
 from equipoise.train.training import save_trained, train, training_arguments
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from equipoise.train import merging
 from equipoise.train.merging import Adapter, MergeError, Weights
 from equipoise.train.model import save_folder
-from equipoise.train.recipe_stages import MergeStageConfig
+from equipoise.train.recipe.stages import MergeStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 
 Write = Callable[[float, Path], None]

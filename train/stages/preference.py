@@ -8,11 +8,11 @@ from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import EncodingLimits
 from equipoise.train.pairs import encode_pairs
-from equipoise.train.preference_trainer import PreferenceTrainer
-from equipoise.train.recipe_stages import PreferenceStageConfig
+from equipoise.train.recipe.stages import PreferenceStageConfig
 from equipoise.train.safety_order import SafetyOrder, order_by_safety
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import Drawn, draw, train_on_log_ratios
+from equipoise.train.trainers.preference import PreferenceTrainer
 from equipoise.train.training import examples_per_step
 
 

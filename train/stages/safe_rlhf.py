@@ -1,4 +1,4 @@
-"""Safe RLHF: a reward model and a cost model before it, a policy in, a better policy out (`safe_rlhf_trainer.py`)."""
+"""Safe RLHF: a reward model and a cost model before it, a policy in, a better policy out (`trainers/safe_rlhf.py`)."""
 
 import time
 from functools import partial
@@ -18,25 +18,25 @@ from equipoise.data.sources import SafetyData, normalise_prompt
 from equipoise.data.templates import EncodingLimits, encode_turns
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
-from equipoise.train.completion_head import base_causal_lm
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import merged, save_policy
 from equipoise.train.pairs import encode_pairs
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_rl import SafeRLHFStageConfig
-from equipoise.train.recipe_safe_rlhf_checks import (
+from equipoise.train.recipe.rl import SafeRLHFStageConfig
+from equipoise.train.recipe.safe_rlhf_checks import (
     SCORER_STAGES,
     constrained,
     policy_origin,
     scorer_source,
 )
-from equipoise.train.rollout import Sampler, TransformersSampler, VLLMSampler
-from equipoise.train.safe_rlhf_models import check_backbone, load_separate, load_shared
-from equipoise.train.safe_rlhf_trainer import Answers, Draws, SafeRLHFTrainer
 from equipoise.train.scorer import check_scorer, cut_behind_end
 from equipoise.train.stages.context import BASE, StageContext, StageResult
 from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.preference import select_pairs
+from equipoise.train.trainers.completion_head import base_causal_lm
+from equipoise.train.trainers.rollout import Sampler, TransformersSampler, VLLMSampler
+from equipoise.train.trainers.safe_rlhf import Answers, Draws, SafeRLHFTrainer
+from equipoise.train.trainers.safe_rlhf_models import check_backbone, load_separate, load_shared
 from equipoise.train.training import TrainingError, examples_per_step, resume_from
 
 

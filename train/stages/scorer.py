@@ -18,12 +18,10 @@ from transformers.training_args import TrainingArguments
 from equipoise.data.templates import EncodingLimits
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.statistics import wilson_interval
-from equipoise.train.category_terms import CategoryTerms
-from equipoise.train.completion_head import add_completion_head
 from equipoise.train.model import load_policy, peft_config
 from equipoise.train.pairs import can_share_prompt, encode_pairs
 from equipoise.train.recipe import Recipe
-from equipoise.train.recipe_stages import (
+from equipoise.train.recipe.stages import (
     CategoryConfig,
     CostModelStageConfig,
     RewardModelStageConfig,
@@ -32,9 +30,11 @@ from equipoise.train.recipe_stages import (
 from equipoise.train.scorer import Scorer, save_scorer
 from equipoise.train.scorer_card import ScorerCard
 from equipoise.train.scorer_pairs import scorer_pairs, scorer_rows, split_by_prompt
-from equipoise.train.scorer_trainer import ScorePairCollator, ScorerTrainer
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import draw
+from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.completion_head import add_completion_head
+from equipoise.train.trainers.scorer import ScorePairCollator, ScorerTrainer
 from equipoise.train.training import examples_per_step, train, training_arguments
 
 

@@ -10,14 +10,14 @@ from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import EncodingLimits
 from equipoise.train.answers import chosen_answers, encode_answers
-from equipoise.train.category_terms import CategoryTerms
 from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
-from equipoise.train.recipe_stages import CategoryConfig, SFTStageConfig
-from equipoise.train.sft_trainer import SupervisedTrainer
+from equipoise.train.recipe.stages import CategoryConfig, SFTStageConfig
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import benign_answers, draw, frozen_copy_of
 from equipoise.train.stages.preference import select_pairs
+from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.sft import SupervisedTrainer
 from equipoise.train.training import examples_per_step, save_trained, train, training_arguments
 
 

@@ -14,7 +14,7 @@ from equipoise.eval.generation.tsdi import TokenBias, TSDISettings, estimate_tok
 from equipoise.eval.generation.tsdi_diagnosis import ALPHAS, KEPT, find_forks
 from equipoise.eval.models import ModelError
 from equipoise.train.model import default_device, load_policy
-from equipoise.train.recipe_stages import TokenBiasStageConfig
+from equipoise.train.recipe.stages import TokenBiasStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 
 

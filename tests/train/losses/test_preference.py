@@ -12,7 +12,6 @@ from trl import DPOConfig, DPOTrainer
 
 from equipoise.data.schema import PreferencePair
 from equipoise.data.sources import load_samples
-from equipoise.train.completion_head import add_completion_head
 from equipoise.train.losses.preference import (
     MARGIN_LOSSES,
     PREFERENCE_LOSSES,
@@ -22,6 +21,7 @@ from equipoise.train.losses.preference import (
     sft_loss,
 )
 from equipoise.train.pairs import PairCollator, encode_pairs, model_inputs, sum_by_sequence
+from equipoise.train.trainers.completion_head import add_completion_head
 
 LN2, LN3, LN4 = math.log(2), math.log(3), math.log(4)
 

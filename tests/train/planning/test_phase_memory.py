@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise.train.planning import phase_memory
+from equipoise.train.planning.phase_memory import PhaseMemory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(
+    not phase_memory._can_reset(), reason="this system does not tell a process its peak memory"
+)
+def test_every_phase_has_a_peak_of_its_own() -> None:
+    memory = PhaseMemory(CPU)
+    with memory.measured("large"):
+        torch.ones(64 * 2**20).sum()  # 256 MiB, given back
+    with memory.measured("small"):
+        torch.ones(8).sum()
+    with memory.measured("large"):  # a smaller one later does not hide it
+        torch.ones(8).sum()
+    assert memory.peaks["large"] - memory.peaks["small"] > 200 * 2**20
+
+
+def test_where_nothing_is_known_nothing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(phase_memory, "_RESET", tmp_path / "absent" / "clear_refs")
+    memory = PhaseMemory(CPU)
+    with memory.measured("any"):
+        pass
+    assert memory.peaks == {}
