@@ -112,6 +112,18 @@ class CategoryReport:
                     "suite, or runs can't be compared prompt by prompt"
                 )
             seen.add((sample.suite, sample.id))
+        if self.calibration is None:
+            return
+        if self.calibration.judge != self.judge.get("name"):
+            raise ReportError(
+                f"the calibration is of the judge {self.calibration.judge!r}, the report's judge is "
+                f"{self.judge.get('name')!r}; calibrate that one"
+            )
+        if self.calibration.controversial_is_unsafe != self.controversial_is_unsafe:
+            raise ReportError(
+                f"the calibration counts controversial answers as unsafe: {self.calibration.controversial_is_unsafe}, "
+                f"the report: {self.controversial_is_unsafe}; calibrate the judge under the report's setting"
+            )
 
     # Outcomes by sample id: what rates and paired comparisons are made of.
 

@@ -42,22 +42,22 @@ def worst_to_best_gap(
     two categories.
     """
     unknown = [0.0] * len(totals) if num_unknown is None else num_unknown
-    known = [index for index, total in enumerate(totals) if total > 0]
-    if len(known) < 2:
+    rates = {index: counts[index] / total for index, total in enumerate(totals) if total > 0}
+    if len(rates) < 2:
         return Gap(None, 0.0, 1.0)
-    rates = {index: counts[index] / totals[index] for index in known}
-    worst, best = max(known, key=lambda i: rates[i]), min(known, key=lambda i: rates[i])
-    all_of = [total + missing for total, missing in zip(totals, unknown, strict=True)]
-    fewest = {i: (counts[i], all_of[i]) for i in known}
-    most = {i: (counts[i] + unknown[i], all_of[i]) for i in known}
-    num_pairs = len(known) * (len(known) - 1)
+    worst, best = max(rates, key=lambda index: rates[index]), min(rates, key=lambda index: rates[index])
+    # A category of which nothing has an outcome has no rate, but it moves both ends as far as it can.
+    whole = {i: totals[i] + unknown[i] for i in range(len(totals)) if totals[i] + unknown[i] > 0}
+    fewest = {i: (counts[i], n) for i, n in whole.items()}
+    most = {i: (counts[i] + unknown[i], n) for i, n in whole.items()}
+    num_pairs = len(whole) * (len(whole) - 1)
     return Gap(
         gap=rates[worst] - rates[best],
         low=max(0.0, _largest_end(fewest, most, 1 - (1 - confidence) / num_pairs, upper=False)),
         high=min(1.0, _largest_end(most, fewest, confidence, upper=True)),
         worst=worst,
         best=best,
-        smallest_n=min(totals[index] for index in known),
+        smallest_n=min(totals),
     )
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -30,6 +30,8 @@ class Duel(StrEnum):
     """In at least one of the orders there is no verdict."""
 
 
+MIN_PROMPTS = 10
+"""For the length-controlled rate: two parameters and a variance between prompts are estimated from them."""
 _SCORES = {Duel.WIN: 1, Duel.LOSS: -1, Duel.TIE: 0, Duel.FIRST: 0, Duel.SECOND: 0, Duel.UNSURE: 0}
 
 
@@ -41,6 +43,10 @@ class LengthControlled:
     """None where the model can't be fitted; `message` says why."""
     low: float
     high: float
+    worst_low: float
+    """Lower end if every pair without a verdict were lost."""
+    best_high: float
+    """Upper end if every one were won."""
     length_effect: float | None
     """Change of the log-odds for an answer longer by much more than usual (tanh -> 1); above 0 length is rewarded."""
     message: str = ""
@@ -123,13 +129,29 @@ def win_rate(
         num_first=num_first,
         num_second=num_second,
         position_p_value=float(stats.binomtest(num_first, num_flipped).pvalue) if num_flipped else 1.0,
-        length_controlled=length_controlled(
-            [(1 + score) / 2 for score in differences],
-            [length_differences[index] for index in known],
-            [asked[index] for index in known],
-            confidence,
-        ),
+        length_controlled=_bounded(duels, length_differences, asked, confidence),
     )
+
+
+def _bounded(
+    duels: Sequence[Duel], length_differences: Sequence[int], prompts: Sequence[Hashable], confidence: float
+) -> LengthControlled:
+    """The length-controlled rate over what was judged, with the ends if the other pairs were all lost or all won."""
+
+    def fitted(unknown: int | None) -> LengthControlled:
+        scores = [_SCORES.get(duel, unknown) for duel in duels]
+        known = [index for index, score in enumerate(scores) if score is not None]
+        return length_controlled(
+            [(1 + (scores[index] or 0)) / 2 for index in known],
+            [length_differences[index] for index in known],
+            [prompts[index] for index in known],
+            confidence,
+        )
+
+    judged = fitted(None)
+    if Duel.NO_FINDING not in duels:
+        return judged
+    return replace(judged, worst_low=fitted(-1).low, best_high=fitted(1).high)
 
 
 def length_controlled(
@@ -148,10 +170,10 @@ def length_controlled(
     shows one at random.
     """
     n, num_prompts = len(scores), len(set(prompts))
-    if num_prompts < 10:
-        return LengthControlled(None, 0.0, 1.0, None, f"{num_prompts} prompts; at least 10 are needed")
+    if num_prompts < MIN_PROMPTS:
+        return _undefined(f"{num_prompts} prompts; at least {MIN_PROMPTS} are needed")
     if min(scores) == max(scores):
-        return LengthControlled(None, 0.0, 1.0, None, "all pairs ended alike, whatever their lengths")
+        return _undefined("all pairs ended alike, whatever their lengths")
     lengths = np.asarray(length_differences, dtype=float)
     spread = float(lengths.std(ddof=1))
     columns = [np.ones(n)] + ([np.tanh(lengths / spread)] if spread > 0 else [])
@@ -164,13 +186,20 @@ def length_controlled(
                 cov_type="cluster", cov_kwds={"groups": groups, "use_correction": True}
             )
         except (PerfectSeparationWarning, ConvergenceWarning, np.linalg.LinAlgError):
-            return LengthControlled(None, 0.0, 1.0, None, "wins and losses are separated by length alone")
+            return _undefined("wins and losses are separated by length alone")
     theta, error = float(fit.params[0]), float(fit.bse[0])
     half_width = float(stats.t.ppf((1 + confidence) / 2, num_prompts - len(columns))) * error
+    low, high = float(special.expit(theta - half_width)), float(special.expit(theta + half_width))
     return LengthControlled(
         rate=float(special.expit(theta)),
-        low=float(special.expit(theta - half_width)),
-        high=float(special.expit(theta + half_width)),
+        low=low,
+        high=high,
+        worst_low=low,
+        best_high=high,
         length_effect=float(fit.params[1]) if spread > 0 else None,
         message="" if spread > 0 else "all pairs have the same difference in length",
     )
+
+
+def _undefined(message: str) -> LengthControlled:
+    return LengthControlled(None, 0.0, 1.0, 0.0, 1.0, None, message)

@@ -48,6 +48,7 @@ def test_a_clean_report_passes_every_check() -> None:
     assert {c.verdict for c in result.checks} == {PASS}
     assert {c.name for c in result.checks} == {
         "unsafe_rate",
+        "no_finding_rate",
         "unsafe_regression",
         "over_refusal",
         "helpfulness",
