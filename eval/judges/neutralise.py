@@ -45,22 +45,24 @@ _FIELDS = (
 )
 _VALUES = r"(?:safe|unsafe|controversial|yes|no|n/?a|none|pass|fail|true|false|[01])\b"
 
-# The left half of a mark, followed by its right half: the dot goes between. No repetition is unbounded except at a
-# line's start, and none can be entered in two ways, so that the time is linear.
+_GAP = r"[ \t_-]{1,4}"
+_SECTION = rf"(?:OF{_GAP})?(?:THE{_GAP})?(?:CONVERSATION|UNSAFE{_GAP}CONTENT|SAFETY{_GAP}(?:POLICY|POLICIES))"
+
+# The left half of a mark, followed by its right half: the dot goes between. Each begins with a fixed character, so that
+# the search skips most of a text. No repetition is unbounded except at a line's start, and none can be entered in two
+# ways, so that the time is linear.
 _MARKS = (
     r"<(?=\|[^<>\n]{1,80}\|>)",  # <|im_end|>
     r"<(?=\|[^<>|\s]{1,80}>|[^<>|\s·]{1,80}\|>)",  # Gemma's <|turn> and <turn|>
     rf"<(?=[ \t]{{0,4}}/?[ \t]{{0,4}}(?:{_TAGS})[ \t]{{0,4}}/?>)",
     rf"\[(?=[ \t]{{0,4}}/?[ \t]{{0,4}}(?:{_BRACKETS})[ \t]{{0,4}}\])",
     r"\[(?=[ \t]{0,4}/[ \t]{0,4}(?i:inst)[ \t]{0,4}\])",
-    r"\b(?:BEGIN|END)(?=[ \t_-]{1,4}(?:OF[ \t_-]{1,4})?(?:THE[ \t_-]{1,4})?"
-    r"(?:CONVERSATION|UNSAFE[ \t_-]{1,4}CONTENT|SAFETY[ \t_-]{1,4}(?:POLICY|POLICIES)))",
-    r"(?i:(?<=<)(?:BEGIN|END)(?=[ \t_-]{1,4}(?:CONVERSATION|UNSAFE[ \t_-]{1,4}CONTENT)))",
-    r"\bBEGINNING(?=[ \t_-]{1,4}OF[ \t_-]{1,4}CONVERSATION)",
-    rf"^[ \t>#*_`'\"\[-]*(?i:{_ROLES})[*_`'\"\]]{{0,3}}(?=[ \t]{{0,4}}:)",
-    rf"^[ \t>#*_`-]*(?i:{_FIELDS})[*_`]{{0,3}}(?=[ \t]{{0,4}}:[ \t*_`]{{0,4}}(?i:{_VALUES}))",
+    rf"<(?=[ \t_-]{{0,4}}(?i:BEGIN|END){_GAP}(?i:CONVERSATION|UNSAFE{_GAP}CONTENT))",
+    rf"END(?={_GAP}{_SECTION})",
+    rf"BEGIN(?=(?:NING)?{_GAP}{_SECTION})",
+    rf"\n[ \t>#*_`'\"\[-]*(?i:{_ROLES})[*_`'\"\]]{{0,3}}(?=[ \t]{{0,4}}:)",
+    rf"\n[ \t>#*_`-]*(?i:{_FIELDS})[*_`]{{0,3}}(?=[ \t]{{0,4}}:[ \t*_`]{{0,4}}(?i:{_VALUES}))",
 )
-_PATTERN = re.compile("|".join(_MARKS), re.MULTILINE)
 
 _BARE = {
     "<": "‹〈⟨❬❮˂ᐸ≺",
@@ -92,11 +94,11 @@ def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
     """
     pattern = _pattern(tuple(special_tokens))
     if text.isascii() and not _HIDDEN.search(text):
-        return pattern.sub(rf"\g<0>{BREAK}", text)
+        return pattern.sub(rf"\g<0>{BREAK}", f"\n{text}")[1:]  # the first line has a start, too
     plain, positions = _plain(text)
     parts, done = [], 0
-    for match in pattern.finditer(plain):
-        position = positions[match.end() - 1] + 1
+    for match in pattern.finditer(f"\n{plain}"):
+        position = positions[match.end() - 2] + 1
         parts += [text[done:position], BREAK]
         done = position
     return "".join([*parts, text[done:]])
@@ -106,7 +108,7 @@ def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
 def _pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
     own = {_plain(token)[0] for token in special_tokens if not token.isspace()}
     marks = [f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in sorted(own) if len(token) > 1]
-    return re.compile("|".join([*_MARKS, *marks]), re.MULTILINE) if marks else _PATTERN
+    return re.compile("|".join([*_MARKS, *marks]))
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
