@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from equipoise.data.errors import EquipoiseError
+
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, what)`."""
 
@@ -34,6 +36,10 @@ class Request:
             raise ValueError("a request has either messages or text")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+
+
+class EngineError(EquipoiseError):
+    """An engine that cannot work as it was asked to: no such model, no access, no chat template."""
 
 
 class Finish(StrEnum):

@@ -1,0 +1,356 @@
+"""The engine for a transformers model in this process: in slots where the model can, else in batches sorted by length."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from xxhash import xxh3_128
+
+from equipoise.eval.generation.batches import base_of, decoding_by, inference, left_pad
+from equipoise.eval.generation.reasoning import split_reasoning
+from equipoise.eval.generation.requests import EngineError, Finish, Progress, Reply, Request
+from equipoise.eval.generation.settings import GenerationSettings
+from equipoise.eval.generation.slots import decode_in_slots, decodes_in_slots
+from equipoise.eval.generation.tsdi import TokenBias
+from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor, take_out
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request that fits, as the model reads it."""
+
+    row: list[int]
+    limit: int
+    choices: dict[str, int]
+    """Text -> its first token."""
+    prompt_end: str = ""
+    """The last words of the prompt, which may have opened the thinking."""
+
+
+class TransformersEngine:
+    """Complete requests with a transformers model, whose mode, generation config and random state stay as they were.
+
+    A LoRA-wrapped model answers with its adapter if that is switched on. `token_bias` is taken out of the first positions
+    of every answer, as its settings say (TSDI). `choice_logprobs` are the model's own, in fp32: neither TSDI
+    nor temperature nor top_p has touched them, since they ask what the model thinks, not what it is made to say.
+    Choices that begin with the same token get the same number; one without any token is absent.
+
+    Greedy replies in fp32 do not depend on the batch size; in bf16 near-ties can fall either way.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: GenerationSettings,
+        token_bias: TokenBias | None = None,
+    ) -> None:
+        """Raises TokenBiasError where the bias is of another vocabulary."""
+        self.model, self.tokenizer, self.settings, self.token_bias = model, tokenizer, settings, token_bias
+        self.base = base_of(model)
+        self.ends = end_tokens(self.base, tokenizer)
+        self._in_slots: bool | None = None
+        self._correction: Tensor | None = None
+        if token_bias is not None:
+            token_bias.expect_vocabulary(self.base.config.get_text_config().vocab_size)
+            self._correction = token_bias.correction().to(self.base.device)
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Model, weights (a hash of all of them, adapters included), tokenizer's template, settings, TSDI, versions.
+
+        Computed anew at every access, for a model in training changes.
+        """
+        bias = self.token_bias
+        return {
+            "engine": "transformers",
+            "model": self.base.name_or_path,
+            "weights": _hash_of_weights(self.model),
+            "adapters": _adapters(self.model),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "device": self.base.device.type,
+            "chat_template": xxh3_128(str(self.tokenizer.chat_template)).hexdigest(),
+            "tokenizer": self.tokenizer.name_or_path,
+            "ends": sorted(self.ends),
+            **{f"settings.{name}": value for name, value in asdict(self.settings).items()},
+            "tsdi": None
+            if bias is None or self._correction is None
+            else {"correction": _hash([self._correction]), "plausibility": bias.settings.plausibility},
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
+        """Complete every request; what the chat template refuses is FAILED, what does not fit OVERLONG.
+
+        A batch that runs out of memory is tried again at half the size, down to one prompt, which is then FAILED.
+
+        Raises:
+            EngineError: messages, and the tokenizer has no chat template.
+        """
+        replies: dict[int, Reply] = {}
+        asked: dict[int, _Asked] = {}
+        for index, request in enumerate(requests):
+            try:
+                encoded = self._encode(request)
+            except (TemplateError, ValueError) as error:
+                replies[index] = Reply(None, Finish.FAILED, error=f"the chat template refuses: {error}")
+                continue
+            room, reason = self.room(request.max_new_tokens)
+            if len(encoded.row) > room:
+                message = f"the prompt has {len(encoded.row)} tokens, {room} fit ({reason})"
+                replies[index] = Reply(None, Finish.OVERLONG, error=message)
+            else:
+                asked[index] = encoded
+        for index, reply in self._decode(asked):
+            replies[index] = reply
+            if progress is not None:
+                progress(len(replies), len(requests), "answers")
+        num_failed = sum(reply.finish == Finish.FAILED for reply in replies.values())
+        if num_failed:
+            log.warning("%d of %d requests failed.", num_failed, len(requests))
+        return [replies[index] for index in range(len(requests))]
+
+    def room(self, max_new_tokens: int) -> tuple[int, str]:
+        """The longest prompt in tokens that leaves room for the answer, and what sets that limit."""
+        allowed = self.settings.max_prompt_tokens
+        context = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and context - max_new_tokens < allowed:
+            reason = f"the model's context of {context} less max_new_tokens={max_new_tokens}"
+            return context - max_new_tokens, reason
+        return allowed, f"max_prompt_tokens={allowed}"
+
+    def num_prompt_tokens(self, request: Request) -> int:
+        """Tokens of a request as the model reads it."""
+        return len(self._encode(request).row)
+
+    def _encode(self, request: Request) -> _Asked:
+        tokenizer = self.tokenizer
+        if request.messages is not None:
+            if tokenizer.chat_template is None:
+                raise EngineError(
+                    f"The tokenizer of {self.base.name_or_path or 'the model'} has no chat template; take an "
+                    "instruction-tuned model, or give its tokenizer one."
+                )
+            options = {"add_generation_prompt": True, **request.template_options}
+            row = tokenizer.apply_chat_template(list(request.messages), return_dict=True, **options)["input_ids"]
+        else:
+            row = tokenizer(request.text)["input_ids"]
+            if len(row) > 1 and row[-1] == tokenizer.eos_token_id and not str(request.text).endswith(tokenizer.eos_token):
+                row = row[:-1]  # a tokenizer that closes every text would leave nothing to say
+        if not row:
+            raise ValueError("the prompt has no tokens")
+        choices = {}
+        for choice in request.choices:
+            tokens = tokenizer(choice, add_special_tokens=False)["input_ids"]
+            if tokens and tokens[0] != tokenizer.unk_token_id:
+                choices[choice] = tokens[0]
+        return _Asked(list(row), request.max_new_tokens, choices, tokenizer.decode(row[-8:]))
+
+    def _decode(self, asked: Mapping[int, _Asked]) -> Iterator[tuple[int, Reply]]:
+        """Replies as they come; halves the batch size when memory runs out."""
+        # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
+        waiting = sorted(asked, key=lambda index: len(asked[index].row), reverse=True)
+        batch_size = self.settings.batch_size
+        with inference(self.model), self._seeded():
+            while waiting:
+                done: set[int] = set()
+                try:
+                    for index, tokens, logprobs in self._answers(waiting, asked, batch_size):
+                        done.add(index)
+                        yield index, self._reply(asked[index], tokens, logprobs)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error):
+                        raise
+                    message = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+                    waiting = [index for index in waiting if index not in done]
+                    if batch_size > 1:
+                        batch_size //= 2
+                        log.warning("Out of memory; %d prompts at a time from here on.", batch_size)
+                    else:
+                        yield waiting.pop(0), Reply(None, Finish.FAILED, error=f"out of memory: {message}")
+                    _free_memory()
+                else:
+                    return
+
+    def _answers(
+        self, waiting: Sequence[int], asked: Mapping[int, _Asked], batch_size: int
+    ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
+        """(index, answer's tokens, log-probabilities of its choices), as they end."""
+        if self._in_slots is None:
+            self._in_slots = decodes_in_slots(self.base)
+        if not self._in_slots:
+            yield from self._answers_in_batches(waiting, asked, batch_size)
+            return
+        logprobs: dict[int, dict[str, float]] = {}
+        warpers = _warpers(self.settings)
+
+        def choose(logits: Tensor, places: list[int], answered: list[int]) -> Tensor:
+            for at, (place, position) in enumerate(zip(places, answered, strict=True)):
+                choices = asked[waiting[place]].choices
+                if position == 0 and choices:
+                    logprobs[place] = _choice_logprobs(logits[at], choices)
+            scores = self._corrected(logits, answered)
+            if self.settings.temperature == 0:
+                return scores.argmax(-1)
+            return torch.multinomial(warpers(None, scores).softmax(-1), num_samples=1)[:, 0]
+
+        rows, limits = [asked[index].row for index in waiting], [asked[index].limit for index in waiting]
+        for place, tokens in decode_in_slots(self.base, rows, limits, self.ends, batch_size, choose):
+            yield waiting[place], tokens, logprobs.get(place, {})
+
+    def _corrected(self, logits: Tensor, answered: list[int]) -> Tensor:
+        """Logits (n, V) with the token bias of each row's position taken out."""
+        if self._correction is None or self.token_bias is None:
+            return logits
+        rows = [at for at, position in enumerate(answered) if position < len(self._correction)]
+        if not rows:
+            return logits
+        correction = self._correction[[answered[at] for at in rows]]
+        logits[rows] = take_out(logits[rows], correction, self.token_bias.settings.plausibility)
+        return logits
+
+    def _answers_in_batches(
+        self, waiting: Sequence[int], asked: Mapping[int, _Asked], batch_size: int
+    ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
+        """The same by the model's own `generate`, for what cannot be decoded in slots; one limit a batch."""
+        for limit in sorted({asked[index].limit for index in waiting}):
+            alike = [index for index in waiting if asked[index].limit == limit]
+            with decoding_by(self.base, _config(self.tokenizer, self.ends, self.settings, limit)):
+                for start in range(0, len(alike), batch_size):
+                    batch = alike[start : start + batch_size]
+                    input_ids, attention_mask = left_pad(
+                        [asked[index].row for index in batch], self.tokenizer.pad_token_id, self.base.device
+                    )
+                    width = input_ids.shape[1]
+                    first = _FirstLogits(width)
+                    processors = LogitsProcessorList([first])
+                    if self._correction is not None and self.token_bias is not None:
+                        plausibility = self.token_bias.settings.plausibility
+                        processors.append(TSDILogitsProcessor(self._correction, width, plausibility))
+                    # The class's own: a folder's custom_generate, loaded with trust_remote_code, would replace it.
+                    output = type(self.base).generate(
+                        self.base, input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors
+                    )
+                    for at, (index, answer) in enumerate(zip(batch, output[:, width:].tolist(), strict=True)):
+                        choices = asked[index].choices
+                        yield index, answer, _choice_logprobs(first.logits[at], choices) if choices else {}
+
+    def _reply(self, asked: _Asked, tokens: Sequence[int], logprobs: Mapping[str, float]) -> Reply:
+        """Cut an answer at its first end token; what follows is padding."""
+        length = next((at for at, token in enumerate(tokens) if token in self.ends), None)
+        said = tokens if length is None else tokens[:length]
+        text = self.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        answer, reasoning = split_reasoning(text, asked.prompt_end)
+        finish = Finish.LENGTH if length is None else Finish.STOP
+        return Reply(answer, finish, len(said), logprobs, reasoning)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Sample from a seed of our own and leave the random state of the process untouched."""
+        sampling = self.settings.temperature > 0
+        devices = [self.base.device] if self.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices) if sampling else nullcontext():
+            if sampling:
+                torch.manual_seed(self.settings.seed)
+            yield
+
+
+class _FirstLogits(LogitsProcessor):
+    """Keep the logits (n, V) of the answers' first position, before any other processor changes them."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.logits = torch.empty(0)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self.width:
+            self.logits = scores.clone()
+        return scores
+
+
+def end_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Whatever ends an answer: the model may know more end tokens than its tokenizer, or fewer."""
+    configured = base.generation_config.eos_token_id
+    known = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*known, tokenizer.eos_token_id] if token is not None}
+
+
+def _choice_logprobs(logits: Tensor, choices: Mapping[str, int]) -> dict[str, float]:
+    """Log-probabilities in nats, given logits (V,) fp32."""
+    values = logits.log_softmax(-1)[list(choices.values())].tolist()
+    return dict(zip(choices, values, strict=True))
+
+
+def _warpers(settings: GenerationSettings) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if settings.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return warpers
+
+
+def _config(
+    tokenizer: PreTrainedTokenizerBase, ends: set[int], settings: GenerationSettings, max_new_tokens: int
+) -> GenerationConfig:
+    sampling: dict[str, Any] = {}
+    if settings.temperature > 0:
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,  # training switches it off in the model's config
+        do_sample=settings.temperature > 0,
+        **sampling,
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error class of its own; the CPU allocator's is a RuntimeError like any other."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _adapters(model: Any) -> list[str]:
+    """Names of the LoRA adapters that are switched on."""
+    layers = [module for module in model.modules() if hasattr(module, "active_adapters") and hasattr(module, "lora_A")]
+    return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+
+
+def _hash_of_weights(model: Any) -> str:
+    state = model.state_dict()
+    return _hash([state[name] for name in sorted(state)])
+
+
+def _hash(tensors: Sequence[Tensor]) -> str:
+    digest = xxh3_128()
+    for tensor in tensors:
+        digest.update(str((tuple(tensor.shape), tensor.dtype)))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
