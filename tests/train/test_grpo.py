@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
+from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer_card import ScorerCard
 from equipoise.train.recipe import DataConfig, EvaluationConfig, LoraConfig, ModelConfig, Recipe
 from equipoise.train.recipe.rl import ArithmeticConfig, CostConfig, GRPOStageConfig, MultiplierUpdateConfig
 from equipoise.train.recipe.stages import WeightConfig
 from equipoise.train.rewards import verifiable
-from equipoise.train.scorer import Scorer, save_scorer
-from equipoise.train.scorer_card import ScorerCard
+from equipoise.train.scorer import save_scorer
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages import grpo
 from equipoise.train.stages.context import StageContext, StageResult

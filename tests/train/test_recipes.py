@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from equipoise.data.schema import LabelledExchange
 from equipoise.data.sources import SafetyData
+from equipoise.eval.scorer_card import read_card
 from equipoise.train import gatekeeper as gatekeeper_module
 from equipoise.train import run as run_module
 from equipoise.train.cli import compose
@@ -21,7 +22,6 @@ from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.recipe.stages import TrainingConfig
 from equipoise.train.run import run
-from equipoise.train.scorer_card import read_card
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes" / "recipe").glob("*.yaml"))
 

@@ -15,6 +15,8 @@ from torch import nn
 
 from equipoise.data.errors import DataError
 from equipoise.eval.models import load_model
+from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer_card import ScorerCard, ScorerError
 from equipoise.train import cli
 from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError
 from equipoise.train.recipe.checks import Problems
@@ -28,8 +30,7 @@ from equipoise.train.recipe.stages import (
     RewardModelStageConfig,
     StageConfig,
 )
-from equipoise.train.scorer import Scorer, save_scorer
-from equipoise.train.scorer_card import ScorerCard, ScorerError
+from equipoise.train.scorer import save_scorer
 from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
 from equipoise.train.training import STATE_FILE, TrainingError
 

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.eval.models import load_model
+from equipoise.eval.scorer import Scorer, end_scores, load_scorer
+from equipoise.eval.scorer_card import ScorerCard, ScorerError, read_card
 from equipoise.train.scorer import (
-    Scorer,
     check_same_tokenizer,
     check_scorer,
     cut_behind_end,
-    end_scores,
-    load_scorer,
     save_scorer,
     tokenizer_fingerprint,
 )
-from equipoise.train.scorer_card import ScorerCard, ScorerError, read_card
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 

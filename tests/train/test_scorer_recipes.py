@@ -7,12 +7,12 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from equipoise.data.sources import SafetyData
+from equipoise.eval.scorer_card import read_card
 from equipoise.train import run as run_module
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.recipe.stages import CostModelStageConfig, RewardModelStageConfig
 from equipoise.train.run import run
-from equipoise.train.scorer_card import read_card
 
 STAGES = {"reward_model": "reward", "cost_model": "cost"}
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, modeling_utils
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import encode_turns
+from equipoise.eval.scorer import load_scorer
+from equipoise.eval.scorer_card import read_card
 from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe.stages import CostModelStageConfig, RewardModelStageConfig, WeightConfig
-from equipoise.train.scorer import load_scorer
-from equipoise.train.scorer_card import read_card
 from equipoise.train.scorer_pairs import split_by_prompt
 from equipoise.train.stages.scorer import run_cost_model, run_reward_model
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from equipoise.data.schema import HELPFUL
+from equipoise.eval.scorer_card import ScorerError, check_kind, read_card
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.checks import Problems, at_least, positive, share_of_one
 from equipoise.train.recipe.grpo_checks import check_vllm
@@ -15,7 +16,6 @@ from equipoise.train.recipe.stages import (
     StageConfig,
     TokenBiasStageConfig,
 )
-from equipoise.train.scorer_card import ScorerError, check_kind, read_card
 
 SCORER_STAGES: dict[str, type[ScorerStageConfig]] = {
     "reward": RewardModelStageConfig,

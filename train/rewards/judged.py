@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import encode_turns
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
+from equipoise.eval.scorer import Scorer
 from equipoise.train.rewards.verifiable import Reward, completion_text
-from equipoise.train.scorer import Scorer, cut_behind_end
+from equipoise.train.scorer import cut_behind_end
 
 _SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0}
 """A verdict that is missing here is no finding, and gives no reward."""

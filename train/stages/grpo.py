@@ -18,6 +18,7 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.tasks import Task
 from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.engine import GenerationSettings, end_tokens
+from equipoise.eval.scorer import load_scorer
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import default_device, load_policy, peft_config
 from equipoise.train.recipe import Recipe
@@ -31,7 +32,7 @@ from equipoise.train.rewards.verifiable import (
     numeric_answer,
     response_length,
 )
-from equipoise.train.scorer import check_scorer, load_scorer
+from equipoise.train.scorer import check_scorer
 from equipoise.train.stage_tasks import StageTasks, judged_categories, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.task_scores import TaskScores, score_tasks

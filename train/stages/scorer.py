@@ -17,6 +17,8 @@ from transformers.training_args import TrainingArguments
 
 from equipoise.data.templates import EncodingLimits
 from equipoise.eval.generation.engine import end_tokens
+from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer_card import ScorerCard
 from equipoise.eval.statistics import wilson_interval
 from equipoise.train.model import load_policy, peft_config
 from equipoise.train.pairs import can_share_prompt, encode_pairs
@@ -27,8 +29,7 @@ from equipoise.train.recipe.stages import (
     RewardModelStageConfig,
     ScorerStageConfig,
 )
-from equipoise.train.scorer import Scorer, save_scorer
-from equipoise.train.scorer_card import ScorerCard
+from equipoise.train.scorer import save_scorer
 from equipoise.train.scorer_pairs import scorer_pairs, scorer_rows, split_by_prompt
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import draw

@@ -18,10 +18,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from equipoise.eval.scorer import Scorer, load_scorer, load_scorer_head
+from equipoise.eval.scorer_card import ScorerError, read_card, weights_hash
 from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
 from equipoise.train.recipe import ModelConfig
-from equipoise.train.scorer import Scorer, load_scorer, load_scorer_head
-from equipoise.train.scorer_card import ScorerError, read_card, weights_hash
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm
 from equipoise.train.trainers.rollout import RolloutBatch
 

@@ -19,10 +19,10 @@ from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from equipoise.data.files import write_aside
+from equipoise.eval.scorer import Scorer
 from equipoise.train.losses.cost import cost_loss, reward_loss
 from equipoise.train.pairs import PairCollator, model_inputs
 from equipoise.train.recipe.stages import CostModelStageConfig, ScorerStageConfig
-from equipoise.train.scorer import Scorer
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
 from equipoise.train.training import TrainingError, save_state

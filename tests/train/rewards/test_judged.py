@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
+from equipoise.eval.scorer import Scorer
 from equipoise.train.rewards.judged import Cost, JudgeVerdict
-from equipoise.train.scorer import Scorer
 
 PROMPT = [{"role": "user", "content": "hello"}]
 

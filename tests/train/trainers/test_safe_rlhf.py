@@ -18,9 +18,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from equipoise.eval.scorer import Scorer
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.recipe.rl import MultiplierUpdateConfig, RolloutConfig, SafeRLHFStageConfig
-from equipoise.train.scorer import Scorer
 from equipoise.train.trainers.rollout import RolloutBatch, Sampler, TransformersSampler
 from equipoise.train.trainers.safe_rlhf import Answers, Draws, SafeRLHFTrainer
 from equipoise.train.trainers.safe_rlhf_models import SafeRLHFModels

@@ -9,10 +9,11 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from equipoise.eval.models import load_model
+from equipoise.eval.scorer import Scorer, load_scorer
+from equipoise.eval.scorer_card import ScorerCard, ScorerError
 from equipoise.train.model import merged
 from equipoise.train.recipe import LoraConfig, ModelConfig
-from equipoise.train.scorer import Scorer, load_scorer, save_scorer
-from equipoise.train.scorer_card import ScorerCard, ScorerError
+from equipoise.train.scorer import save_scorer
 from equipoise.train.trainers.rollout import Episode, RolloutBatch, collate
 from equipoise.train.trainers.safe_rlhf_models import POLICY, SafeRLHFModels, load_separate, load_shared
 
