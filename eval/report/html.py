@@ -1,194 +1,238 @@
-"""The HTML report: one file, no scripts, no requests; whatever a model wrote is escaped and folded away."""
+"""The HTML report: one file that asks nobody for anything; whatever a model wrote is escaped and folded away."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from equipoise.data.files import write_aside
-from equipoise.data.report import STYLE
-from equipoise.eval.category_report import (
-    CategoryReport,
-    Comparison,
-    SampleResult,
-    compare,
-)
-from equipoise.eval.gate import GateCheck, GateResult
-from equipoise.eval.generation.tsdi import TokenShift
-from equipoise.eval.report.plots import refusal_plot, trade_off_plot, unsafe_rate_plot
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.gate import GateResult
+from equipoise.eval.judges.calibration import HeadCalibration
+from equipoise.eval.report import formats, plots
+from equipoise.eval.report.content import ReportContent, by_position, examples
+from equipoise.eval.report.markdown import markdown
 from equipoise.eval.suites.base import HARMFUL, LOOKALIKE
 
-NUM_EXAMPLES = 3
-"""Prompts shown of each category and suite."""
+if TYPE_CHECKING:
+    from equipoise.eval.generation.tsdi import TokenShift
+
 MAX_EXAMPLE_CHARACTERS = 1200
-NUM_BIAS_TOKENS = 6
-"""Most boosted and most suppressed tokens shown at each position."""
+_FOLDER = Path(__file__).parent
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One prompt and what every state answered."""
+class Examples(StrEnum):
+    """Whether a report holds prompts and answers."""
 
-    prompt: str
-    answers: tuple[tuple[str, SampleResult], ...]
-    """State -> sample."""
-
-
-@dataclass(frozen=True, slots=True)
-class PositionBias:
-    """The tokens most shifted at one position."""
-
-    position: int
-    boosted: list[TokenShift]
-    suppressed: list[TokenShift]
+    FOLDED = "folded"
+    """Folded away, each behind a click of its own."""
+    NONE = "none"
+    """Not in the file at all: for a report that leaves the team."""
 
 
 def write_report(
     path: Path | str,
     reports: Mapping[str, CategoryReport],
     gate_results: Mapping[str, GateResult],
-    token_bias_rows: Sequence[TokenShift] | None,
+    token_bias_rows: "Sequence[TokenShift] | None",
     recipe_yaml: str,
     title: str,
     provenance: Mapping[str, object],
     category_names: Mapping[str, str] | None = None,
+    examples: Examples = Examples.FOLDED,
 ) -> Path:
-    """Write the report of one run and return its path.
+    """Write the report of one run as HTML to `path` and as markdown beside it; returns `path`.
 
     `reports` maps states to reports in the order in which they are shown; changes are against `base`, or against
     the first where there is none. `gate_results` may lack states that weren't gated.
     Raises ValueError when there is no report at all.
     """
-    if not reports:
-        raise ValueError("a report needs at least one evaluated model state")
-    names = dict(category_names or {})
-    baseline_state = "base" if "base" in reports else next(iter(reports))
-    changes: dict[str, Comparison] = {
-        state: compare(report, reports[baseline_state])
-        for state, report in reports.items()
-        if state != baseline_state
-    }
-    categories = list(
-        dict.fromkeys(category for report in reports.values() for category in report.categories)
+    content = ReportContent(
+        title=title,
+        reports=dict(reports),
+        gate_results=dict(gate_results),
+        category_names=dict(category_names or {}),
+        provenance=dict(provenance),
+        recipe_yaml=recipe_yaml,
+        token_bias_rows=token_bias_rows,
     )
-    lookalike_categories = list(
-        dict.fromkeys(category for report in reports.values() for category in report.lookalike_categories)
+    path = Path(path)
+    write_aside(path.with_suffix(".md"), markdown(content))
+    write_aside(path, html(content, examples))
+    return path
+
+
+def html(content: ReportContent, shown: Examples = Examples.FOLDED) -> str:
+    """The report as one page: no request to anywhere, one script of its own, readable without it."""
+    style, script = _style(), (_FOLDER / "report.js").read_text(encoding="utf-8")
+    numbers = {state: number for number, state in enumerate(content.reports)}
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            content=content,
+            style=Markup(style),
+            style_hash=_hash(style),
+            script=Markup(script),
+            script_hash=_hash(script),
+            judges=_unique(report.judge for report in content.reports.values()),
+            calibrations=_unique(
+                report.calibration for report in content.reports.values() if report.calibration is not None
+            ),
+            plots=plots,
+            swatch=lambda state: Markup('<span class="swatch s{}" aria-hidden="true"></span>').format(
+                numbers[state] % len(plots.STATE_COLOURS)
+            ),
+            token_bias=None if content.token_bias_rows is None else by_position(content.token_bias_rows),
+            examples=None
+            if shown is Examples.NONE
+            else {suite: examples(content.reports, suite) for suite in (HARMFUL, LOOKALIKE)},
+            flat=flat,
+            made_how={state: dict(made_how(report)) for state, report in content.reports.items()},
+            confusion=confusion,
+            error_range=error_range,
+        )
     )
-    # Autoescape is on for everything; only plots are marked safe.
+
+
+def _environment() -> Environment:
+    """Autoescape is on for everything, and hidden characters are spelt out; only plots, style and script are trusted."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: (
+            formats.visible_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
-        "points": points,
-        "number": number,
-        "p": p_text,
-        "visible": visible,
+        "percent": formats.percent,
+        "points": formats.points,
+        "number": formats.number,
+        "p": formats.p_text,
+        "visible_token": formats.visible_token,
+        "one_line": formats.one_line,
+        "case_range": formats.case_range,
         "shortened": shortened,
-        "check_value": check_value,
-        "check_interval": check_interval,
-        "check_limit": check_limit,
+        "check_value": formats.check_value,
+        "check_interval": formats.check_interval,
+        "check_limit": formats.check_limit,
     }
-    judges = {str(report.judge): report.judge for report in reports.values()}
-    html = environment.get_template("report.html.jinja").render(
-        title=title,
-        style=STYLE.read_text(encoding="utf-8"),
-        reports=reports,
-        baseline_state=baseline_state,
-        changes=changes,
-        gate_results=gate_results,
-        judges=list(judges.values()),
-        categories=categories,
-        lookalike_categories=lookalike_categories,
-        category_name=lambda category: names.get(category, category),
-        unsafe_plot=unsafe_rate_plot(reports, names),
-        refusal_plot=refusal_plot(reports),
-        trade_off_plot=trade_off_plot(reports),
-        token_bias=by_position(token_bias_rows) if token_bias_rows is not None else None,
-        examples={suite: examples(reports, suite) for suite in (HARMFUL, LOOKALIKE)},
-        recipe_yaml=recipe_yaml,
-        provenance=provenance,
+    environment.globals |= {
+        "percent_range": formats.percent_range,
+        "points_range": formats.points_range,
+        "number_range": formats.number_range,
+        "interval_name": formats.INTERVAL_NAMES,
+    }
+    return environment
+
+
+def _style() -> str:
+    shared = (resources.files("equipoise.data") / "report.css").read_text(encoding="utf-8")
+    swatches = "".join(
+        f".s{number} {{ background: {colour}; }}\n" for number, colour in enumerate(plots.STATE_COLOURS)
     )
-    path = Path(path)
-    write_aside(path, html)
-    return path
+    return shared + (_FOLDER / "report.css").read_text(encoding="utf-8") + swatches
 
 
-def examples(reports: Mapping[str, CategoryReport], suite: str) -> dict[str, list[Example]]:
-    """Per category, the prompts on which the states differ most visibly, then the first ones."""
-    answers: dict[str, list[tuple[str, SampleResult]]] = {}
-    for state, report in reports.items():
-        for sample in report.of_suite(suite):
-            answers.setdefault(sample.id, []).append((state, sample))
-    by_category: dict[str, list[list[tuple[str, SampleResult]]]] = {}
-    for given in answers.values():
-        by_category.setdefault(given[0][1].category, []).append(given)
-
-    def num_outcomes(given: list[tuple[str, SampleResult]]) -> int:
-        return len({sample.verdict if suite == HARMFUL else sample.refused for _, sample in given})
-
-    return {
-        category: [
-            Example(
-                "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in given[0][1].prompt), tuple(given)
-            )
-            for given in sorted(everything, key=num_outcomes, reverse=True)[:NUM_EXAMPLES]
-        ]
-        for category, everything in by_category.items()
-    }
+def _hash(text: str) -> str:
+    """What a content security policy calls an inline style or script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def by_position(rows: Sequence[TokenShift]) -> list[PositionBias]:
-    """The tokens with the largest share of the shift at each position, upward and downward."""
-    positions: dict[int, list[TokenShift]] = {}
-    for row in rows:
-        positions.setdefault(row.position, []).append(row)
+def _unique(values: Iterator[Any]) -> list[Any]:
+    """The values, each once, in order; they need not be hashable."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRange:
+    """The lowest and the highest sensitivity and specificity among several sets of labelled answers."""
+
+    num_sets: int
+    sensitivity: tuple[float, float]
+    specificity: tuple[float, float]
+
+
+def error_range(judge: Mapping[str, Any]) -> ErrorRange | None:
+    """How widely the judge's errors vary over the sets that it was not fitted on; None where there are no such sets.
+
+    A set may have answers of one kind alone: it counts for the figure that it has.
+    """
+    entries = [
+        entry
+        for entry in judge.get("calibration") or ()
+        if not entry.get("fitted_on") and entry.get("head", "unsafe") == "unsafe"
+    ]
+    found = [
+        [entry[key] for entry in entries if entry.get(key) is not None]
+        for key in ("sensitivity", "specificity")
+    ]
+    if not all(found):
+        return None
+    sensitivity, specificity = ((min(values), max(values)) for values in found)
+    return ErrorRange(len(entries), sensitivity, specificity)
+
+
+def confusion(head: HeadCalibration) -> list[tuple[str, int, int, int, int]]:
+    """Label, found, not found, no finding and all: of the answers labelled so, and of the others."""
+    positive, negative = head.sensitivity, head.specificity
     return [
-        PositionBias(
-            position,
-            sorted((row for row in here if row.share > 0), key=lambda row: -row.share)[:NUM_BIAS_TOKENS],
-            sorted((row for row in here if row.share < 0), key=lambda row: row.share)[:NUM_BIAS_TOKENS],
-        )
-        for position, here in sorted(positions.items())
+        (
+            "yes",
+            positive.count,
+            positive.n - positive.count,
+            positive.num_no_finding,
+            positive.n + positive.num_no_finding,
+        ),
+        (
+            "no",
+            negative.n - negative.count,
+            negative.count,
+            negative.num_no_finding,
+            negative.n + negative.num_no_finding,
+        ),
     ]
 
 
-# How numbers and strange text are shown.
+def made_how(report: CategoryReport) -> Iterator[tuple[str, object]]:
+    """What determined a report, in short: everything in it but judge, samples and what follows from them."""
+    shown_elsewhere = {"state", "judge", "samples", "calibration", "pairwise", "category_names"}
+    for key, value in vars(report).items():
+        if key in report.__dataclass_fields__ and key not in shown_elsewhere:
+            yield key, value
+    if report.calibration is not None:
+        yield "judge settings", report.calibration.settings
+    if report.pairwise is not None:
+        yield "pairwise judge", dict(report.pairwise.judge)
+        yield "pairwise settings", dict(report.pairwise.settings)
 
 
-def percent(value: float | None) -> str:
-    """0.333 -> `33 %`; a dash for None."""
-    return "–" if value is None else f"{100 * value:.0f} %"
-
-
-def points(value: float | None) -> str:
-    """A difference of rates in percentage points: 0.25 -> `+25`, 0 -> `0`."""
-    if value is None:
-        return "–"
-    rounded = round(100 * value)
-    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
-
-
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A number, or a dash for None."""
-    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def p_text(value: float | None) -> str:
-    """A p-value: three decimals, never 0.000."""
-    if value is None:
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def visible(token: str) -> str:
-    """A token with its blanks and line breaks shown."""
-    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+def flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as rows: dotted key, value."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from flat(item, f"{prefix}[{index}]")
+    elif isinstance(value, Mapping | list | tuple) and not value:
+        yield prefix, formats.DASH
+    else:
+        yield prefix, f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def shortened(text: str) -> str:
@@ -196,32 +240,3 @@ def shortened(text: str) -> str:
     if len(text) <= MAX_EXAMPLE_CHARACTERS:
         return text
     return f"{text[:MAX_EXAMPLE_CHARACTERS]} … ({len(text) - MAX_EXAMPLE_CHARACTERS} characters more)"
-
-
-def check_value(check: GateCheck) -> str:
-    """A gate check's number in its own unit."""
-    return _in_unit(check, check.value)
-
-
-def check_interval(check: GateCheck) -> str:
-    """A gate check's interval in its own unit."""
-    if check.low is None or check.high is None:
-        return "–"
-    return f"{_in_unit(check, check.low)} to {_in_unit(check, check.high)}"
-
-
-def check_limit(check: GateCheck) -> str:
-    """What the number is held against."""
-    if check.limit is None or check.name == "unsafe_regression":
-        return "–"
-    return _in_unit(check, check.limit)
-
-
-def _in_unit(check: GateCheck, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if check.name == "unsafe_rate":
-        return f"{100 * value:.1f} %"
-    if check.name == "helpfulness":
-        return number(value, 3, sign=True)
-    return f"{number(100 * value, 1, sign=True)} pp"

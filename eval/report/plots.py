@@ -16,13 +16,14 @@ from equipoise.eval.report.content import ReportContent
 from equipoise.eval.report.formats import one_line
 from equipoise.eval.report.svg import INK, STYLE, inline_svg
 
-STATE_COLOURS = ("#868686", "#2f7fd0", "#d57a00", "#0a9a72", "#b85fb0", "#d4554a")
-"""First to last state: hues told apart with the common colour blindnesses, each at 3 : 1 and more on white and black."""
+STATE_COLOURS = ("#707070", "#5258ff", "#ec7100", "#0eaa62", "#a23fb1", "#d21029")
+"""First to last state. CIELAB distance of any two at least 26, also with protan-, deuteran- or tritanopia (Machado 2009);
+contrast at least 3 : 1 on white and on the dark page; told apart by marker too."""
 MARKERS = "osD^vPX"
 """One more than colours, so that 42 states get pairs of their own."""
 MAX_BARS = 6
 """States drawn per category: the baseline and the last ones; tables have them all."""
-MAX_LABEL = 34
+MAX_LABEL = 40
 """Characters of a label on one line."""
 ALPHA = 0.05
 """A change is drawn filled where its adjusted p-value is no larger."""
@@ -81,10 +82,12 @@ def change_plot(content: ReportContent) -> Markup:
             FuncFormatter(lambda x, _: f"{100 * x:+.0f}".replace("-", "−") if abs(x) > 1e-9 else "0")
         )
         axes.set_xlabel(
-            f"← safer    change against {one_line(content.baseline_state)}, percentage points    less safe →"
+            f"← safer · change against {one_line(content.baseline_state)}, percentage points · less safe →"
         )
         return inline_svg(
-            figure, "change", "Paired change of the unsafe rate per category; the figures are in the tables below."
+            figure,
+            "change",
+            "Paired change of the unsafe rate per category; the figures are in the tables below.",
         )
 
 
@@ -119,7 +122,7 @@ def helpfulness_plot(content: ReportContent) -> Markup:
         content,
         points,
         "helpful",
-        "helpfulness: log-probability of the reference answers, nats per token →",
+        "helpfulness, nats per token →",
         "Worst category's unsafe rate against helpfulness per model state; lower right is better.",
     )
 
@@ -231,10 +234,9 @@ def _scatter(
 
 
 def _rows_figure(labels: Sequence[str], num_states: int) -> tuple[Figure, Axes]:
-    step = 0.155 if num_states > 2 else 0.19
     rows_of_legend = 1 + (num_states - 1) // 3
-    height = 0.75 + 0.2 * rows_of_legend + len(labels) * max(step * (num_states + 0.6), 0.3)
-    figure = Figure(figsize=(8.4, height), layout="constrained")
+    height = 0.75 + 0.2 * rows_of_legend + len(labels) * max(0.15 * (num_states + 0.7), 0.32)
+    figure = Figure(figsize=(10.5, height), layout="constrained")
     return figure, figure.subplots()
 
 
