@@ -5,9 +5,14 @@
 The head and the scores are fp32 whatever the decoder's dtype. Layout and names are those of PKU's safe-rlhf
 (`score_head`, `scores`, `end_scores`), whose published models load too; see `scorer_card.py`. Training, saving and
 whether one fits a policy: `train/scorer.py`. It stands here because it judges, too (`judges/beaver.py`).
+
+A row ends where a generated answer ends: with the end-of-turn token. Some chat templates write more behind it (a line
+break); `cut_behind_end` takes that off, in training as in scoring, so that prompt ids + sampled ids can be scored as
+they are.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,12 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from equipoise.eval.generation.batches import base_of
+from equipoise.eval.generation.requests import Progress
 from equipoise.eval.models import DTYPES, Dtype, ModelError, load_model
 from equipoise.eval.scorer_card import ScorerCard, ScorerError, read_card, weights_hash
 
@@ -110,6 +117,36 @@ def end_scores(scores: Tensor, attention_mask: Tensor) -> Tensor:
         raise ValueError(f"rows {empty[:10]} are padding only: there is no last token to score")
     last = tokens.shape[1] - 1 - tokens.flip(1).argmax(1)
     return scores.gather(1, last[:, None]).squeeze(1)
+
+
+def cut_behind_end(answer: Sequence[int], ends: set[int]) -> list[int]:
+    """The answer's tokens up to its last end token (`ends`), what a template writes behind it taken off."""
+    for behind in range(len(answer), 0, -1):
+        if answer[behind - 1] in ends:
+            return list(answer[:behind])
+    return list(answer)
+
+
+@torch.no_grad()
+def score_rows(
+    scorer: Scorer, rows: Sequence[Sequence[int]], batch_size: int, progress: Progress | None = None
+) -> list[float]:
+    """The end score of every row of token ids, in their order."""
+    # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    device = scorer.score_head.weight.device
+    scores = [0.0] * len(rows)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        tokens = [torch.tensor(rows[index]) for index in batch]
+        ids = pad_sequence(tokens, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+        output = scorer(input_ids=ids.to(device), attention_mask=mask.to(device))
+        for index, score in zip(batch, output.end_scores.tolist(), strict=True):
+            scores[index] = score
+        if progress is not None:
+            progress(start + len(batch), len(rows), "scores")
+    return scores
 
 
 def load_scorer(

@@ -1,13 +1,7 @@
-"""A reward or cost model saved, and whether it fits the policy; its forward and its loading are `eval/scorer.py`.
-
-A row ends where a generated answer ends: with the end-of-turn token. Some chat templates write more behind it (a line
-break); `cut_behind_end` takes that off, in training as in scoring, so that prompt ids + sampled ids can be scored as
-they are.
-"""
+"""A reward or cost model saved, and whether it fits the policy; its forward and its loading are `eval/scorer.py`."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +18,6 @@ from equipoise.train.model import save_folder
 
 _PROBE = "Don't panic:  3.14 + 27 = 30.14?\n\tÜber 100 naïve emoji 🙂 <b>tags</b>."
 """Text that tokenizers with the same vocabulary may still cut differently."""
-
-
-def cut_behind_end(answer: Sequence[int], ends: set[int]) -> list[int]:
-    """The answer's tokens up to its last end token (`ends`), what a template writes behind it taken off."""
-    for behind in range(len(answer), 0, -1):
-        if answer[behind - 1] in ends:
-            return list(answer[:behind])
-    return list(answer)
 
 
 # ---- save -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from datasets import Dataset
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, PreferencePair
 from equipoise.data.sources import SafetyData, normalise_prompt
+from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.recipe.stages import CostModelStageConfig, ScorerStageConfig
-from equipoise.train.scorer import cut_behind_end
 
 
 def scorer_pairs(

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.eval.models import load_model
-from equipoise.eval.scorer import Scorer, end_scores, load_scorer
+from equipoise.eval.scorer import (
+    Scorer,
+    cut_behind_end,
+    end_scores,
+    load_scorer,
+)
 from equipoise.eval.scorer_card import ScorerCard, ScorerError, read_card
 from equipoise.train.scorer import (
     check_same_tokenizer,
     check_scorer,
-    cut_behind_end,
     save_scorer,
     tokenizer_fingerprint,
 )

@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import encode_turns
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
-from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer import Scorer, cut_behind_end, score_rows
 from equipoise.train.rewards.verifiable import Reward, completion_text
-from equipoise.train.scorer import cut_behind_end
 
 _SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0}
 """A verdict that is missing here is no finding, and gives no reward."""
@@ -67,7 +65,6 @@ class Cost:
         """ends: the end-of-turn tokens behind which a template may write more."""
         self.scorer, self.tokenizer, self.batch_size, self.ends = scorer, tokenizer, batch_size, set(ends)
 
-    @torch.no_grad()
     def __call__(self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Reward]:
         """One cost a completion, in nats of the cost model's log-odds."""
         rows = [
@@ -81,12 +78,4 @@ class Cost:
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        costs: list[Reward] = []
-        device = self.scorer.score_head.weight.device
-        for start in range(0, len(rows), self.batch_size):
-            batch = [torch.tensor(row) for row in rows[start : start + self.batch_size]]
-            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in batch], batch_first=True)
-            output = self.scorer(input_ids=ids.to(device), attention_mask=mask.to(device))
-            costs += output.end_scores.tolist()
-        return costs
+        return list(score_rows(self.scorer, rows, self.batch_size))

@@ -18,6 +18,7 @@ from equipoise.data.sources import SafetyData, normalise_prompt
 from equipoise.data.templates import EncodingLimits, encode_turns
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
+from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import merged, save_policy
 from equipoise.train.pairs import encode_pairs
@@ -29,7 +30,7 @@ from equipoise.train.recipe.safe_rlhf_checks import (
     policy_origin,
     scorer_source,
 )
-from equipoise.train.scorer import check_scorer, cut_behind_end
+from equipoise.train.scorer import check_scorer
 from equipoise.train.stages.context import BASE, StageContext, StageResult
 from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.preference import select_pairs
