@@ -33,6 +33,7 @@ from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.embedded import EmbeddedJudge
 from equipoise.eval.models import native_dtype, resolve_model
+from equipoise.eval.terminal import Progress, console, say
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
@@ -59,7 +60,6 @@ from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
 from equipoise.train.stages.scorer import run_cost_model, run_reward_model
 from equipoise.train.stages.sft import run_sft
 from equipoise.train.stages.token_bias import run_token_bias
-from equipoise.train.terminal import Progress, console, say
 from equipoise.train.tracking import Tracker
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from equipoise.data.files import write_aside
+from equipoise.eval.terminal import say
 from equipoise.train.recipe import TrackingConfig
-from equipoise.train.terminal import say
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 

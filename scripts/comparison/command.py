@@ -19,7 +19,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.data.sources import SafetyData
 from equipoise.eval.category_report import CategoryReport
-from equipoise.train.terminal import duration, say
+from equipoise.eval.terminal import duration, say
 
 DESCRIPTION = """\
 Train plain DPO, DPO decoded with TSDI, and the category and token-bias methods on the same pairs, with the same number

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from equipoise.data.files import write_aside
 from equipoise.eval.report.plots import MARKERS, STATE_COLOURS
-from equipoise.train.terminal import console, say
+from equipoise.eval.terminal import console, say
 
 TITLES = {
     "unsafe_rate": "unsafe answers",

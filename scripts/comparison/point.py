@@ -16,13 +16,13 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.embedded import EmbeddedJudge
 from equipoise.eval.models import native_dtype, resolve_model
+from equipoise.eval.terminal import Progress
 from equipoise.train.cli import compose
 from equipoise.train.gatekeeper import evaluation_settings
 from equipoise.train.model import default_device, load_policy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.run import run
-from equipoise.train.terminal import Progress
 
 OF_TRAINING = ("stages.safe.", "loss", "beta=", "lam=")
 """Overrides that mean nothing to a method that trains nothing itself."""

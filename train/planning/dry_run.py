@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import encode_turns
 from equipoise.eval.models import load_tokenizer
+from equipoise.eval.terminal import console, duration
 from equipoise.train.planning.memory import Memory, ModelSize, Training
 from equipoise.train.planning.stage_plans import Planning, plan_stage
 from equipoise.train.recipe import Recipe
 from equipoise.train.stages.context import Progress
-from equipoise.train.terminal import console, duration
 
 
 def plan(
