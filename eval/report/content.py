@@ -177,7 +177,7 @@ class PositionBias:
 
 def by_position(rows: "Sequence[TokenShift]") -> list[PositionBias]:
     """The tokens with the largest share of the shift at each position, upward and downward."""
-    positions: "dict[int, list[TokenShift]]" = {}
+    positions: dict[int, list[TokenShift]] = {}
     for row in rows:
         positions.setdefault(row.position, []).append(row)
     return [

@@ -103,7 +103,7 @@ def html(content: ReportContent, shown: Examples = Examples.FOLDED) -> str:
 
 
 def _environment() -> Environment:
-    """Autoescape is on for everything, and hidden characters are spelt out; only plots, style and script are trusted."""
+    """Everything is escaped and hidden characters are spelt out; only plots, style and script are trusted."""
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,

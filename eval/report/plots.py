@@ -17,8 +17,8 @@ from equipoise.eval.report.formats import one_line
 from equipoise.eval.report.svg import INK, STYLE, inline_svg
 
 STATE_COLOURS = ("#707070", "#5258ff", "#ec7100", "#0eaa62", "#a23fb1", "#d21029")
-"""First to last state. CIELAB distance of any two at least 26, also with protan-, deuteran- or tritanopia (Machado 2009);
-contrast at least 3 : 1 on white and on the dark page; told apart by marker too."""
+"""First to last state. CIELAB distance of any two at least 26, also with protan-, deuteran- or tritanopia (Machado
+2009); contrast at least 3 : 1 on white and on the dark page; told apart by marker too."""
 MARKERS = "osD^vPX"
 """One more than colours, so that 42 states get pairs of their own."""
 MAX_BARS = 6

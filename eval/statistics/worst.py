@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from equipoise.eval.statistics.intervals import wilson_interval
+from equipoise.eval.statistics.intervals import IntervalMethod, rate_interval, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,9 @@ def worst_rate(
 
     Wilson's interval of the category that measured highest would not do: the highest of several measured rates lies
     above the highest true one more often than below. Upper end: the largest of the upper ends; the true worst category
-    is one of them, so its error alone counts (intersection-union, Berger 1982, Technometrics 24). Lower end: the largest
-    of the lower ends, with Bonferroni's correction. (0, 1) for no category.
+    is one of them, so its error alone counts (intersection-union, Berger 1982, Technometrics 24). Lower end: the
+    largest of Clopper and Pearson's lower ends, with Bonferroni's correction: so far out, Wilson's lie too high. (0, 1)
+    for no category.
     """
     unknown = [0.0] * len(totals) if num_unknown is None else num_unknown
     whole = [total + missing for total, missing in zip(totals, unknown, strict=True)]
@@ -44,7 +45,10 @@ def worst_rate(
     corrected = 1 - (1 - confidence) / len(totals)
     return Worst(
         rate=rates[index],
-        low=max(wilson_interval(count, n, corrected)[0] for count, n in zip(counts, whole, strict=True)),
+        low=max(
+            rate_interval(count, n, corrected, IntervalMethod.CLOPPER_PEARSON)[0]
+            for count, n in zip(counts, whole, strict=True)
+        ),
         high=max(
             wilson_interval(count + missing, n, confidence)[1]
             for count, missing, n in zip(counts, unknown, whole, strict=True)
