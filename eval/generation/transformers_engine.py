@@ -351,6 +351,6 @@ def _hash_of_weights(model: Any) -> str:
 def _hash(tensors: Sequence[Tensor]) -> str:
     digest = xxh3_128()
     for tensor in tensors:
-        digest.update(str((tuple(tensor.shape), tensor.dtype)))
+        digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
