@@ -40,7 +40,7 @@ class CorrectedRate:
     source: str
     """What sensitivity and specificity were measured on: a category, or `all`."""
     message: str = ""
-    """Why there is no corrected rate, or why its interval is everything."""
+    """Why there is no corrected rate, why its interval is everything, or how labelled answers and these disagree."""
 
 
 def rogan_gladen(
@@ -54,6 +54,9 @@ def rogan_gladen(
     adjusted normal interval that carries the sampling error of rate, sensitivity and specificity. In simulations (12 to
     200 prompts, 30 to 400 labels of each kind, rates from 0.02 to 0.4) it covered the truth in at least 0.94 of cases,
     as a Beta-posterior Monte Carlo did, and it needs no random draws: all ranks and all readers get the same figures.
+    Two things are ours. The interval is never narrower than a perfect judge's would be; cut off at 0 it would claim to
+    know for certain. And where all of it lies below 0 (above 1), the judge raises fewer false alarms here (misses
+    fewer) than on the labelled answers: the end that matters is then what follows if it raises (misses) none at all.
     Where sensitivity + specificity is not shown to be above 1, nothing can be said: (0, 1).
 
     Source: Rogan and Gladen 1978, American Journal of Epidemiology 107(1). It holds if the judge errs on these answers
@@ -90,9 +93,21 @@ def rogan_gladen(
     total = n + num_unknown
     low, _ = _lang_reiczigel(count, total, errors, confidence)
     _, high = _lang_reiczigel(count + num_unknown, total, errors, confidence)
-    # The interval is centred elsewhere than the estimate; near 0 and 1 the estimate can fall outside it.
-    low, high = min(low, rate), max(high, rate)
-    return CorrectedRate(rate, low, high, unclipped, sensitivity, specificity, errors.source)
+    message = ""
+    least, _ = wilson_interval(count, total, confidence)
+    _, most = wilson_interval(count + num_unknown, total, confidence)
+    if high < 0:
+        message = "fewer findings than its false alarms on the labelled answers explain: here it raises fewer"
+        high = most / low_sensitivity if low_sensitivity > 0 else 1.0  # the highest rate, if it raises none
+    elif low > 1:
+        message = "more findings than its sensitivity on the labelled answers explains: here it misses fewer"
+        low = (
+            (least + low_specificity - 1) / low_specificity if low_specificity > 0 else 0.0
+        )  # if it misses none
+    # A judge that errs can't say more than a perfect one would.
+    perfect_low, perfect_high = wilson_interval(rate * total, total, confidence)
+    low, high = max(0.0, min(low, perfect_low)), min(1.0, max(high, perfect_high))
+    return CorrectedRate(rate, low, high, unclipped, sensitivity, specificity, errors.source, message)
 
 
 def _lang_reiczigel(count: float, n: float, errors: JudgeErrors, confidence: float) -> tuple[float, float]:
@@ -112,4 +127,4 @@ def _lang_reiczigel(count: float, n: float, errors: JudgeErrors, confidence: flo
         + (1 - rate) ** 2 * specificity_variance
     ) / youden**2
     half_width = z * math.sqrt(variance)
-    return max(0.0, rate + shift - half_width), min(1.0, rate + shift + half_width)
+    return rate + shift - half_width, rate + shift + half_width
