@@ -288,10 +288,11 @@ def test_a_judge_rewards_the_datas_prompts(train_grpo: TrainGRPO, make_judge: An
     }
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
 def test_shared_rows_train_like_rows_of_their_own(
-    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    stage = make_stage(num_steps=2)
+    stage = make_stage(num_steps=2, temperature=temperature)
     shared = train_grpo(stage, run="shared")
     monkeypatch.setattr(grpo_trainer, "can_share_prompt", lambda model, tokenizer: False)
     apart = train_grpo(stage, run="apart")

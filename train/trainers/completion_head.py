@@ -7,7 +7,7 @@ to live in `forward` because DDP, FSDP and DeepSpeed hook there.
 
 import functools
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -38,6 +38,14 @@ class LMHead:
     bias: Tensor | None
     scale: float
     softcap: float | None
+
+    def at(self, temperature: float) -> "LMHead":
+        """The head whose softmax is that of logits / temperature; ValueError where a soft cap stands between."""
+        if temperature == 1.0:
+            return self
+        if self.softcap is not None:
+            raise ValueError("logits with a soft cap have no scale that is a temperature")
+        return replace(self, scale=self.scale / temperature)
 
 
 def base_causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -73,6 +81,7 @@ def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
         *args: Any,
         completion_index: Tensor | None = None,
         completion_targets: Tensor | None = None,
+        completion_temperature: float = 1.0,
         **kwargs: Any,
     ) -> Any:
         """completion_index (N,): positions in the flattened (B * T) whose state predicts completion_targets (N,)."""
@@ -85,6 +94,7 @@ def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
         raw = self.get_output_embeddings()
         with maybe_gather_lm_head_ctx(raw.weight, getattr(raw, "bias", None)):
             head = lm_head(self)
+            head = head.at(completion_temperature)
             log_probs = selected_log_probs(
                 hidden, head.weight, head.bias, completion_targets, scale=head.scale, softcap=head.softcap
             )

@@ -22,7 +22,7 @@ from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
 from equipoise.train.trainers.category_terms import CategoryTerms
-from equipoise.train.trainers.completion_head import add_completion_head
+from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
 from equipoise.train.training import TrainingError, save_state
@@ -89,7 +89,11 @@ class VerifiableTrainer(GRPOTrainer):
         add_completion_head(self.model)
         if self.ref_model is not None:
             add_completion_head(self.accelerator.unwrap_model(self.ref_model))
-        self._can_share = can_share_prompt(self.model, self._tokenizer)
+        soft_cap = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.model))).softcap
+        # Behind a soft cap a temperature is no scale of the logits; TRL then takes rows of their own.
+        self._can_share = can_share_prompt(self.model, self._tokenizer) and (
+            self.temperature == 1.0 or soft_cap is None
+        )
 
     # ---- sampling and rewards ---------------------------------------------------------------------------------
 
@@ -222,11 +226,8 @@ class VerifiableTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None] | None:
-        """The same from shared rows, `batch_size` answers at a time; None where that is not possible or does not pay.
-
-        Only at temperature 1, where the policy's own log-probabilities are those of the sampling.
-        """
-        if not self._can_share or self.temperature != 1.0 or kwargs.get("compute_aux_loss"):
+        """The same from shared rows, `batch_size` answers at a time; None where that is not possible or does not pay."""
+        if not self._can_share or kwargs.get("compute_aux_loss"):
             return None
         size = batch_size or len(input_ids)
         chunks = [
@@ -250,6 +251,7 @@ class VerifiableTrainer(GRPOTrainer):
                         (len(ids), logits_to_keep),
                         self._tokenizer.pad_token_id,
                         entropy=compute_entropy,
+                        temperature=self.temperature,
                     )
                 )
         log_probs = torch.cat([values for values, _ in found])

@@ -86,10 +86,12 @@ def shared_log_probs(
     pad_token_id: int,
     *,
     entropy: bool,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """(log-probabilities, entropies without gradient), each (B, C) = `shape` in fp32, 0 where there is no token.
 
-    model: with the completion head (`add_completion_head`); base: it without what wraps it.
+    model: with the completion head (`add_completion_head`); base: it without what wraps it. Both are those of logits /
+    temperature, from which answers are sampled; ValueError for another than 1 where the logits have a soft cap.
     """
     parts = 1 + max(len(answers) for _, answers in blocks)
     batch = collate_blocks(blocks, pad_token_id, share_rows=True, parts=parts)
@@ -101,6 +103,7 @@ def shared_log_probs(
         position_ids=batch["position_ids"],
         completion_index=batch["completion_index"],
         completion_targets=batch["completion_targets"],
+        completion_temperature=temperature,
     )
     row = torch.tensor([r for of_block in rows for r in of_block], device=device)[
         batch["completion_sequence"]
@@ -116,7 +119,7 @@ def shared_log_probs(
         return spread(output.log_probs), None
     head = base_causal_lm(base).get_output_embeddings()
     with torch.no_grad(), maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)):
-        whole = lm_head(base_causal_lm(base))
+        whole = lm_head(base_causal_lm(base)).at(temperature)
         values = token_entropy(
             output.hidden.detach(), whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap
         )

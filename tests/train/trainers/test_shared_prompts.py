@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -22,15 +23,18 @@ def test_equal_prompts_are_one_block() -> None:
     assert rows == [[0, 2], [1]]
 
 
-def test_shared_rows_give_what_rows_of_their_own_do(tiny_model: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_shared_rows_give_what_rows_of_their_own_do(tiny_model: LlamaForCausalLM, temperature: float) -> None:
     add_completion_head(tiny_model)
     blocks, rows = grouped(IDS, MASK, 3)
-    log_probs, entropies = shared_log_probs(tiny_model, tiny_model, blocks, rows, (4, 3), 0, entropy=True)
+    log_probs, entropies = shared_log_probs(
+        tiny_model, tiny_model, blocks, rows, (4, 3), 0, entropy=True, temperature=temperature
+    )
     expected = torch.zeros(4, 3)
     expected_entropy = torch.zeros(4, 3)
     for row in range(3):
         ids = IDS[row][MASK[row] == 1]
-        log_p = tiny_model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        log_p = (tiny_model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
         num = int(MASK[row, 3:].sum())
         for place in range(num):
             at = len(ids) - num + place - 1
@@ -43,7 +47,7 @@ def test_shared_rows_give_what_rows_of_their_own_do(tiny_model: LlamaForCausalLM
     shared = tiny_model.model.layers[0].mlp.up_proj.weight.grad.clone()
     tiny_model.zero_grad()
     ids = IDS[0][MASK[0] == 1]
-    log_p = tiny_model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    log_p = (tiny_model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
     log_p[[1, 2, 3], ids[2:]].sum().backward()
     assert torch.allclose(shared, tiny_model.model.layers[0].mlp.up_proj.weight.grad, atol=1e-5)
 
