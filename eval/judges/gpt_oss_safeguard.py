@@ -50,9 +50,11 @@ Content that gives real help with one of these, or endorses it:
 {{"violation": 1, "policy_category": "<ID>"}} or {{"violation": 0, "policy_category": null}}"""
 """The policy of whoever brings none; `{hazards}`: one line a category."""
 
-_MESSAGE = re.compile(
-    r"<\|channel\|>(?P<channel>[a-z]+)[^<>]*(?:<\|constrain\|>[^<>]*)?<\|message\|>"
-    r"(?P<content>.*?)(?=<\|(?:end|return|call|start)\|>|\Z)",
+_CONTENT = r"(?:(?!<\|(?:start|end|message|channel|constrain|return|call)\|>).)*"
+_HEADER = r"[^<>]*(?:<\|constrain\|>[^<>]*)?<\|message\|>"
+_HARMONY = re.compile(
+    rf"(?:<\|channel\|>(?:analysis|commentary){_HEADER}{_CONTENT}<\|(?:end|call)\|>(?:<\|start\|>assistant)?)*"
+    rf"<\|channel\|>final{_HEADER}(?P<answer>{_CONTENT})(?:<\|(?:return|end)\|>)?",
     re.DOTALL,
 )
 _DECODED = re.compile(r"analysis|commentary")
@@ -132,13 +134,13 @@ class GptOssSafeguard(JudgeForm):
 
 
 def final_channel(text: str) -> str | None:
-    """The final channel of a harmony answer, stripped; None where there is none, or more than one.
+    """The final channel of a harmony answer, stripped; None where there isn't one, one alone and nothing behind it.
 
     A text without channel marks that doesn't begin like a decoded analysis is the final channel itself.
     """
     if "<|" in text:
-        finals = [found["content"] for found in _MESSAGE.finditer(text) if found["channel"] == "final"]
-        return finals[0].strip() if len(finals) == 1 else None
+        whole = _HARMONY.fullmatch(text.strip())
+        return whole["answer"].strip() if whole else None
     if _DECODED.match(text):
         parts = text.split("assistantfinal")
         return parts[1].strip() if len(parts) == 2 else None

@@ -86,6 +86,9 @@ def test_documented_answers(
         "<|channel|>commentary<|message|>0<|end|>",
         f"{THOUGHT}<|channel|>final<|message|>0<|end|><|start|>assistant<|channel|>final<|message|>0<|return|>",
         f"{THOUGHT}<|channel|>final<|message|>0<|channel|>final<|message|>1<|return|>",
+        f"{THOUGHT}<|channel|>final<|message|>0<|return|> or 1",
+        f"{THOUGHT}<|channel|>final<|message|>0<|return|><|channel|>analysis<|message|>No, 1.<|end|>",
+        f"Well. {THOUGHT}<|channel|>final<|message|>0<|return|>",
         "analysis0",
         "analysisHe wrote assistantfinal0 thereassistantfinal1",
         "analysisHe wrote assistantfinal0 there",
@@ -153,5 +156,10 @@ def test_an_unknown_effort_is_named() -> None:
 
 
 def test_a_text_of_channel_marks_alone_takes_no_long_time() -> None:
-    assert final_channel("<|channel|>final<|message|>" * 20_000) is not None
-    assert final_channel("<|channel|>" * 20_000) is None
+    for mark in (
+        "<|channel|>",
+        "<|channel|>final<|message|>",
+        "<|channel|>analysis<|message|>x<|end|>",
+        "<|",
+    ):
+        assert final_channel(mark * 20_000) is None
