@@ -1,4 +1,4 @@
-"""Answer prompts with the model under test: `TransformersEngine` for a caller who has a model and wants every answer."""
+"""Answer prompts with the model under test: `TransformersEngine` for a caller who wants every answer or none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,9 +51,7 @@ def generate(
     for index, reply in enumerate(replies):
         if reply.text is None:
             raise EngineError(f"prompt {index} (counted from 0) has no answer: {reply.error}")
-    return [
-        Generation(reply.text or "", reply.num_tokens, reply.finish == Finish.STOP) for reply in replies
-    ]
+    return [Generation(reply.text or "", reply.num_tokens, reply.finish == Finish.STOP) for reply in replies]
 
 
 def _check_lengths(engine: TransformersEngine, requests: Sequence[Request]) -> None:

@@ -4,7 +4,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def split_reasoning(text: str, prompt: str = "") -> tuple[str, str | None]:
-    """(answer, reasoning) of a text in which `<think>` ... `</think>` comes first; reasoning is None where there is none.
+    """(answer, reasoning) of a text in which `<think>` ... `</think>` comes first; without one, reasoning is None.
 
     A chat template may have opened the thinking already: `prompt` is what the text continues. Thinking that was
     cut off before it ended leaves an empty answer, for no part of it is one.

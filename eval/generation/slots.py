@@ -1,9 +1,9 @@
 """Decode in slots: a fixed number of places for answers, each given to the next prompt as soon as its answer ends.
 
-`generate` decodes a batch until its longest answer is done, copies every key and value at every step to append one more,
-and encodes what all prompts begin with once a prompt. Here a slot is a row of keys and values allocated once: new ones are
-written in place, a finished row's slot is taken over by a waiting prompt, and the tokens all prompts share (a chat
-template's system turn) are encoded once for all slots. Each row stands at a position of its own and attends to its own
+`generate` decodes a batch until its longest answer is done, copies every key and value at every step to append one
+more, and encodes what all prompts begin with once a prompt. Here a slot is a row of keys and values allocated once: new
+ones are written in place, a finished row's slot is taken over by a waiting prompt, and the tokens all prompts share (a
+chat template's system turn) are encoded once for all slots. Each row stands at a position of its own and attends to its own
 tokens only, so that greedy answers in fp32 are those of `generate`.
 
 It is for decoders with full attention in every layer; `decodes_in_slots` says which those are.
@@ -61,7 +61,12 @@ class _SlotLayer(CacheLayerMixin):
         """Allocate; zeros, because what is masked must be finite."""
         self.keys, self.values = (
             torch.zeros(
-                self.num_slots, states.shape[1], self.length, states.shape[3], dtype=states.dtype, device=states.device
+                self.num_slots,
+                states.shape[1],
+                self.length,
+                states.shape[3],
+                dtype=states.dtype,
+                device=states.device,
             )
             for states in (key_states, value_states)
         )
@@ -71,7 +76,8 @@ class _SlotLayer(CacheLayerMixin):
         """Write the new tokens' states (n, H, W, D) into their places, and return all that these rows may read."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         place = self.place
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if isinstance(place.positions, slice):
@@ -150,7 +156,7 @@ def decode_in_slots(
     """
     num_slots = min(num_slots, len(rows))
     # Of each row at least the last token is left: its logits are the answer's first.
-    prefix = commonprefix([row[:-1] for row in rows])
+    prefix = commonprefix([row[:-1] for row in rows])  # noqa: RUF071 - of lists, which it compares item by item
     length = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
     place = _Place()
     layers = [_SlotLayer(num_slots, length, place) for _ in DynamicCache(config=base.config).layers]

@@ -1,4 +1,4 @@
-"""The engine for a transformers model in this process: in slots where the model can, else in batches sorted by length."""
+"""The engine for a transformers model in this process: in slots where the model can, else in sorted batches."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,8 +47,8 @@ class _Asked:
 class TransformersEngine:
     """Complete requests with a transformers model, whose mode, generation config and random state stay as they were.
 
-    A LoRA-wrapped model answers with its adapter if that is switched on. `token_bias` is taken out of the first positions
-    of every answer, as its settings say (TSDI). `choice_logprobs` are the model's own, in fp32: neither TSDI
+    A LoRA-wrapped model answers with its adapter if that is switched on. `token_bias` is taken out of the first
+    positions of every answer, as its settings say (TSDI). `choice_logprobs` are the model's own, in fp32: neither TSDI
     nor temperature nor top_p has touched them, since they ask what the model thinks, not what it is made to say.
     Choices that begin with the same token get the same number; one without any token is absent.
 
@@ -150,10 +150,16 @@ class TransformersEngine:
                     "instruction-tuned model, or give its tokenizer one."
                 )
             options = {"add_generation_prompt": True, **request.template_options}
-            row = tokenizer.apply_chat_template(list(request.messages), return_dict=True, **options)["input_ids"]
+            row = tokenizer.apply_chat_template(list(request.messages), return_dict=True, **options)[
+                "input_ids"
+            ]
         else:
             row = tokenizer(request.text)["input_ids"]
-            if len(row) > 1 and row[-1] == tokenizer.eos_token_id and not str(request.text).endswith(tokenizer.eos_token):
+            if (
+                len(row) > 1
+                and row[-1] == tokenizer.eos_token_id
+                and not str(request.text).endswith(tokenizer.eos_token)
+            ):
                 row = row[:-1]  # a tokenizer that closes every text would leave nothing to say
         if not row:
             raise ValueError("the prompt has no tokens")
@@ -247,7 +253,10 @@ class TransformersEngine:
                         processors.append(TSDILogitsProcessor(self._correction, width, plausibility))
                     # The class's own: a folder's custom_generate, loaded with trust_remote_code, would replace it.
                     output = type(self.base).generate(
-                        self.base, input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors
+                        self.base,
+                        input_ids=input_ids,
+                        attention_mask=attention_mask,
+                        logits_processor=processors,
                     )
                     for at, (index, answer) in enumerate(zip(batch, output[:, width:].tolist(), strict=True)):
                         choices = asked[index].choices
@@ -339,7 +348,11 @@ def _free_memory() -> None:
 
 def _adapters(model: Any) -> list[str]:
     """Names of the LoRA adapters that are switched on."""
-    layers = [module for module in model.modules() if hasattr(module, "active_adapters") and hasattr(module, "lora_A")]
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "lora_A")
+    ]
     return sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
 
 
