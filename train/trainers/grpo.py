@@ -226,7 +226,7 @@ class VerifiableTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None] | None:
-        """The same from shared rows, `batch_size` answers at a time; None where that is not possible or does not pay."""
+        """The same from shared rows, `batch_size` answers at a time; None where that cannot be or does not pay."""
         if not self._can_share or kwargs.get("compute_aux_loss"):
             return None
         size = batch_size or len(input_ids)
