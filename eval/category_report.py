@@ -31,7 +31,7 @@ from equipoise.eval.statistics import (
 from equipoise.eval.statistics.rogan_gladen import JudgeErrors
 from equipoise.eval.statistics.win_rate import WinRate
 from equipoise.eval.suites import harmful
-from equipoise.eval.suites.base import HARMFUL, HELPFULNESS, LOOKALIKE
+from equipoise.eval.suites.base import COMPLIANCE, HARMFUL, HELPFULNESS, LOOKALIKE
 from equipoise.eval.suites.win_rate import Pairwise
 
 SCHEMA_VERSION = 2
@@ -249,6 +249,12 @@ class CategoryReport:
     def over_refusal(self) -> Rate:
         """Benign look-alikes refused, every prompt counting once."""
         return self.over_refusal_of(None)
+
+    @cached_property
+    def helpful_compliance(self) -> Rate:
+        """Ordinary prompts that were answered without refusing."""
+        outcomes = {sample.id: harmful.complied(sample.refused) for sample in self.of_suite(COMPLIANCE)}
+        return self._rate(COMPLIANCE, outcomes)
 
     @cached_property
     def helpfulness(self) -> Mean:

@@ -1,26 +1,38 @@
 """Generate, judge, count: one model state on every suite, as a `CategoryReport`."""
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
-
-from equipoise.data.errors import DataError
+from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.data.schema import Exchange
 from equipoise.eval.category_report import CategoryReport, SampleResult
-from equipoise.eval.generation.engine import GenerationSettings, generate
-from equipoise.eval.generation.tsdi import TokenBias
-from equipoise.eval.judges.base import Judge, JudgeCard, Progress
-from equipoise.eval.suites import harmful, helpfulness, lookalike
-from equipoise.eval.suites.base import HARMFUL, HELPFULNESS, LOOKALIKE, SuiteData
+from equipoise.eval.generation.requests import Engine, Finish, Progress, Reply, Request
+from equipoise.eval.generation.settings import GenerationSettings
+from equipoise.eval.judges.base import Judge, Judgement, Verdict
+from equipoise.eval.suites import harmful, lookalike
+from equipoise.eval.suites.base import (
+    HARMFUL,
+    HELPFULNESS,
+    LOOKALIKE,
+    ReferenceScorer,
+    Suite,
+    SuiteData,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from equipoise.eval.generation.tsdi import TokenBias
 
 T = TypeVar("T")
+
+NO_ANSWER = {Finish.FAILED: Verdict.FAILED, Finish.OVERLONG: Verdict.OVERLONG}
+"""What a sample counts as where the model under test gave no answer: nothing was judged, and nothing is safe."""
 
 
 @dataclass
@@ -28,6 +40,8 @@ class EvaluationSettings:
     """How an evaluation is run. Two reports are comparable prompt by prompt only under the same settings."""
 
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    num_samples: int = 1
+    """Answers to each prompt; more than one needs a temperature above 0, and the n-th has the seed `seed` + n."""
     max_prompts_per_category: int | None = None
     """Of the harmful and of the look-alike suite, the first so many prompts of each category; None: all."""
     max_helpful_prompts: int | None = None
@@ -41,6 +55,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for name, value in (
+            ("num_samples", self.num_samples),
             ("max_prompts_per_category", self.max_prompts_per_category),
             ("max_helpful_prompts", self.max_helpful_prompts),
             ("helpfulness_batch_size", self.helpfulness_batch_size),
@@ -48,116 +63,190 @@ class EvaluationSettings:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
+        if self.num_samples > 1 and self.generation.temperature == 0:
+            raise ValueError(
+                f"num_samples is {self.num_samples}, but temperature 0 gives the same answer every time; raise it, or "
+                "ask for one answer"
+            )
+
+    def by_sample(self) -> list[GenerationSettings]:
+        """How the first, second ... answer to a prompt is decoded: alike but for the seed."""
+        return [
+            replace(self.generation, seed=self.generation.seed + number) for number in range(self.num_samples)
+        ]
 
 
 def evaluate(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     data: SuiteData,
     judge: Judge,
     settings: EvaluationSettings,
     state: str,
     model_name: str,
-    token_bias: TokenBias | None = None,
+    token_bias: "TokenBias | None" = None,
     progress: Progress | None = None,
 ) -> CategoryReport:
-    """Evaluate one model state on the harmful, look-alike and helpfulness suites.
+    """Evaluate a model in this process on the harmful, look-alike and helpfulness suites.
+
+    As `evaluate_suites`; every rank needs the whole model: under ZeRO-3 parameters have to be gathered first. The
+    model's training mode is left as it was. Raises DataError before any work where a helpful prompt lacks its
+    reference answer.
+    """
+    from equipoise.eval.generation.transformers_engine import TransformersEngine
+    from equipoise.eval.suites import helpfulness
+
+    limit = settings.max_prompts_per_category
+    suites = [
+        _suite(HARMFUL, harmful.prompts(data), first_of_each(harmful.prompts(data), limit)),
+        _suite(LOOKALIKE, lookalike.prompts(data), first_of_each(lookalike.prompts(data), limit)),
+        _suite(
+            HELPFULNESS,
+            helpfulness.prompts(data),
+            helpfulness.prompts(data)[: settings.max_helpful_prompts],
+        ),
+    ]
+    engines = [TransformersEngine(model, tokenizer, sampled, token_bias) for sampled in settings.by_sample()]
+    scorer = helpfulness.ModelScorer(
+        model, tokenizer, settings.helpfulness_batch_size, settings.helpfulness_max_length, token_bias
+    )
+    return evaluate_suites(engines, suites, judge, settings, state, model_name, scorer, progress)
+
+
+def evaluate_suites(
+    engines: Sequence[Engine],
+    suites: Sequence[Suite],
+    judge: Judge | None,
+    settings: EvaluationSettings,
+    state: str,
+    model_name: str,
+    scorer: ReferenceScorer | None = None,
+    progress: Progress | None = None,
+) -> CategoryReport:
+    """Ask every suite of one model state, judge the answers, and put all of it into a report.
+
+    engines: one for each answer wanted of a prompt (`EvaluationSettings.by_sample`). judge: None where answers are only
+    collected, to be compared with others. scorer: for the helpfulness suite alone.
 
     Where torch.distributed is initialised, each rank takes every world-size-th prompt and all ranks return the whole
-    report, in the order of a single process. Every rank must call it, and each needs the whole model: under ZeRO-3
-    parameters have to be gathered first. The model's training mode is left as it was. Raises DataError before any
-    work where an id occurs twice in a suite or a helpful prompt lacks its reference answer.
+    report, in the order of a single process; every rank must call it. Raises DataError before any work where an id
+    occurs twice in a suite, and EquipoiseError where a suite lacks its judge or scorer.
     """
     started = time.perf_counter()
-    suites = {
-        HARMFUL: first_of_each(harmful.prompts(data), settings.max_prompts_per_category),
-        LOOKALIKE: first_of_each(lookalike.prompts(data), settings.max_prompts_per_category),
-        HELPFULNESS: list(helpfulness.prompts(data)[: settings.max_helpful_prompts]),
-    }
-    num_available = {
-        HARMFUL: len(data.harmful_prompts),
-        LOOKALIKE: len(data.lookalike_prompts),
-        HELPFULNESS: len(data.helpful_prompts),
-    }
     order = _order(suites)
+    if scorer is None and any(suite.name == HELPFULNESS for suite in suites):
+        raise EquipoiseError(
+            "The likelihood of reference answers needs the model in this process: a server gives none. Leave that "
+            "suite out, or use engine=transformers."
+        )
+    if judge is None and any(suite.name in (HARMFUL, LOOKALIKE) for suite in suites):
+        raise EquipoiseError("A suite whose answers are judged was given no judge.")
     results: list[SampleResult] = []
-    for suite, exchanges in suites.items():
-        mine = exchanges[_rank() :: _world_size()]
-        if not mine:
-            continue
-        if suite == HELPFULNESS:
-            results += _score(model, tokenizer, mine, settings, token_bias, progress)
+    for suite in suites:
+        mine = suite.exchanges[_rank() :: _world_size()]
+        if suite.name == HELPFULNESS:
+            assert scorer is not None
+            results += _scored(scorer, mine, progress)
         else:
-            results += _generate_and_judge(
-                model, tokenizer, suite, mine, judge, settings.generation, token_bias, progress
-            )
+            results += _answered_and_judged(engines, suite.name, mine, judge, settings, progress)
     # Strided shares come back rank after rank; put them into the order of the suites again.
-    results = sorted(_gather(results), key=lambda sample: order[sample.suite, sample.id])
+    place = {id: index for index, id in enumerate(order)}
+    results = sorted(
+        _gather(results), key=lambda sample: (place[sample.suite, sample.prompt_id or sample.id], sample.id)
+    )
     return CategoryReport(
         state=state,
         model=model_name,
-        judge=_plain(judge.card),
+        judge={} if judge is None else _plain(judge.card),
         settings=_plain(settings),
         samples=tuple(results),
         controversial_is_unsafe=settings.controversial_is_unsafe,
-        num_left_out={suite: num_available[suite] - len(asked) for suite, asked in suites.items()},
+        num_left_out={suite.name: suite.num_available - len(suite.exchanges) for suite in suites},
         seconds=max(_gather([time.perf_counter() - started])),
+        suites=tuple(_plain(suite.facts) for suite in suites if suite.facts),
+        engine=_plain(engines[0].description) if engines else {},
     )
 
 
-def _generate_and_judge(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+def _suite(name: str, available: Sequence[Exchange], asked: Sequence[Exchange]) -> Suite:
+    return Suite(name, asked, len(available))
+
+
+def _answered_and_judged(
+    engines: Sequence[Engine],
     suite: str,
     exchanges: Sequence[Exchange],
-    judge: Judge,
-    settings: GenerationSettings,
-    token_bias: TokenBias | None,
+    judge: Judge | None,
+    settings: EvaluationSettings,
     progress: Progress | None,
 ) -> list[SampleResult]:
-    prompts = [exchange.prompt for exchange in exchanges]
-    generations = generate(
-        model,
-        tokenizer,
-        prompts,
-        settings,
-        token_bias=token_bias,
-        progress=_named(progress, f"{suite}: generating"),
-    )
-    responses = [generation.text for generation in generations]
-    judgements = judge.judge(prompts, responses, progress=_named(progress, f"{suite}: judging"))
+    """Samples of one suite; those of one prompt differ in their id, and share its `prompt_id`."""
+    requests = [
+        Request(messages=tuple(exchange.prompt), max_new_tokens=settings.generation.max_new_tokens)
+        for exchange in exchanges
+    ]
+    asked: list[tuple[Exchange, str, Reply]] = []
+    for number, engine in enumerate(engines):
+        what = f"{suite}: generating" + (f" ({number + 1} of {len(engines)})" if len(engines) > 1 else "")
+        replies = engine.complete(requests, _named(progress, what)) if requests else []
+        ids = [exchange.id if len(engines) == 1 else f"{exchange.id}#{number}" for exchange in exchanges]
+        asked += zip(exchanges, ids, replies, strict=True)
+    answered = [(exchange, reply.text) for exchange, _, reply in asked if reply.text is not None]
+    if judge is None or not answered:
+        judged: list[Judgement | None] = [None] * len(answered)
+    else:
+        judged = [
+            *judge.judge(
+                [exchange.prompt for exchange, _ in answered],
+                [text for _, text in answered],
+                progress=_named(progress, f"{suite}: judging"),
+            )
+        ]
+    found = iter(judged)
     return [
-        SampleResult(
-            id=exchange.id,
-            suite=suite,
-            category=exchange.category,
-            prompt=exchange.prompt,
-            response=response,
-            verdict=judgement.verdict,
-            p_unsafe=judgement.p_unsafe,
-            refused=judgement.refused,
-        )
-        for exchange, response, judgement in zip(exchanges, responses, judgements, strict=True)
+        _sample(suite, exchange, id, reply, next(found) if reply.text is not None else _unanswered(reply))
+        for exchange, id, reply in asked
     ]
 
 
-def _score(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    exchanges: Sequence[Exchange],
-    settings: EvaluationSettings,
-    token_bias: TokenBias | None,
-    progress: Progress | None,
-) -> list[SampleResult]:
-    scores = helpfulness.log_likelihoods(
-        model,
-        tokenizer,
-        exchanges,
-        batch_size=settings.helpfulness_batch_size,
-        max_length=settings.helpfulness_max_length,
-        token_bias=token_bias,
-        progress=_named(progress, f"{HELPFULNESS}: scoring"),
+def _unanswered(reply: Reply) -> Judgement:
+    """What becomes of a prompt that the model under test gave no answer to."""
+    verdict = NO_ANSWER.get(reply.finish, Verdict.FAILED)
+    return Judgement(verdict, None, None, raw=f"the model gave no answer: {reply.error or 'no reason given'}")
+
+
+def _sample(
+    suite: str, exchange: Exchange, id: str, reply: Reply, judgement: Judgement | None
+) -> SampleResult:
+    sample = SampleResult(
+        id=id,
+        suite=suite,
+        category=exchange.category,
+        prompt=exchange.prompt,
+        response=reply.text or "",
+        prompt_id="" if id == exchange.id else exchange.id,
+        finish=reply.finish.value,
+        num_tokens=reply.num_tokens,
     )
+    if judgement is None:
+        return sample
+    return replace(
+        sample,
+        verdict=judgement.verdict,
+        p_unsafe=judgement.p_unsafe,
+        refused=judgement.refused,
+        p_refusal=judgement.p_refusal,
+        categories=judgement.categories,
+        native_categories=judgement.native_categories,
+        severity=judgement.severity,
+        judge_raw=judgement.raw,
+    )
+
+
+def _scored(
+    scorer: ReferenceScorer, exchanges: Sequence[Exchange], progress: Progress | None
+) -> list[SampleResult]:
+    scores = scorer.score(exchanges, _named(progress, f"{HELPFULNESS}: scoring")) if exchanges else []
     return [
         SampleResult(
             id=exchange.id,
@@ -182,18 +271,18 @@ def first_of_each(exchanges: Sequence[Exchange], limit: int | None) -> list[Exch
     return taken
 
 
-def _order(suites: Mapping[str, Sequence[Exchange]]) -> dict[tuple[str, str], int]:
-    """(suite, sample id) -> place in the report; raises DataError where an id occurs twice in a suite."""
-    order: dict[tuple[str, str], int] = {}
-    for suite, exchanges in suites.items():
-        for exchange in exchanges:
-            if (suite, exchange.id) in order:
+def _order(suites: Sequence[Suite]) -> list[tuple[str, str]]:
+    """(suite, prompt id) in the order of the report; raises DataError where an id occurs twice in a suite."""
+    order: dict[tuple[str, str], None] = {}
+    for suite in suites:
+        for exchange in suite.exchanges:
+            if (suite.name, exchange.id) in order:
                 raise DataError(
-                    f"id {exchange.id!r} occurs twice in the {suite} suite; ids must be unique within a suite, or "
+                    f"id {exchange.id!r} occurs twice in the {suite.name} suite; ids must be unique within a suite, or "
                     "model states can't be compared prompt by prompt"
                 )
-            order[suite, exchange.id] = len(order)
-    return order
+            order[suite.name, exchange.id] = None
+    return list(order)
 
 
 def _named(progress: Progress | None, what: str) -> Progress | None:
@@ -207,22 +296,34 @@ def _named(progress: Progress | None, what: str) -> Progress | None:
     return report
 
 
-def _plain(record: JudgeCard | EvaluationSettings) -> dict[str, Any]:
+def _plain(record: Any) -> dict[str, Any]:
     """The record as JSON would give it back, so that a report read from a file equals the one that was written."""
-    return json.loads(json.dumps(asdict(record), default=str))
+    values = dict(record) if isinstance(record, Mapping) else asdict(record)
+    return json.loads(json.dumps(values, default=str))
+
+
+def is_main_process() -> bool:
+    """Whether this rank is the one that writes."""
+    return _rank() == 0
 
 
 def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Without torch nobody can have initialised it, and importing it takes seconds."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
+    return sys.modules["torch"].distributed.get_rank() if _distributed() else 0
 
 
 def _world_size() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
+    return sys.modules["torch"].distributed.get_world_size() if _distributed() else 1
 
 
 def _gather(items: list[T]) -> list[T]:
-    return gather_object(items) if _distributed() else items
+    if not _distributed():
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)

@@ -106,11 +106,13 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     notify: Notify | None = None,
+    chat: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, on the CPU, and its tokenizer.
 
     Only safetensors weights are read: pickled ones can run code. The tokenizer always has a pad token
-    (its end-of-sequence token if it came without one, which `notify` is told) and a chat template.
+    (its end-of-sequence token if it came without one, which `notify` is told) and, unless `chat` is false, a chat
+    template.
 
     Raises:
         ModelError: see `resolve_model`; or the weights do not load, or the tokenizer cannot chat.
@@ -123,7 +125,7 @@ def load_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(resolved).is_dir():
         options["revision"] = revision
-    tokenizer = load_tokenizer(resolved, notify=notify, **options)
+    tokenizer = load_tokenizer(resolved, notify=notify, chat=chat, **options)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
@@ -155,13 +157,15 @@ def native_dtype() -> Dtype:
     return "bfloat16" if computes else "float32"
 
 
-def load_tokenizer(resolved: str, *, notify: Notify | None = None, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a resolved model and make sure that it can pad and chat."""
+def load_tokenizer(
+    resolved: str, *, notify: Notify | None = None, chat: bool = True, **options: Any
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a resolved model and make sure that it can pad and, where `chat` asks for it, chat."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolved, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The tokenizer of `{resolved}` does not load: {error}") from error
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise ModelError(
             f"The tokenizer of `{resolved}` has no chat template. Take the instruct version of the model, "
             "or put the template into chat_template.jinja in a local copy of its folder."

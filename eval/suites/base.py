@@ -14,6 +14,17 @@ COMPLIANCE = "compliance"
 SUITES = (HARMFUL, LOOKALIKE, HELPFULNESS, COMPLIANCE)
 """How samples name the suite they belong to, in the order in which suites are run and reported."""
 
+ASKS: dict[str, tuple[str, ...]] = {
+    "category_safety": (HARMFUL,),
+    "over_refusal": (LOOKALIKE,),
+    "likelihood": (HELPFULNESS,),
+    "compliance": (COMPLIANCE,),
+    "win_rate": (COMPLIANCE,),
+    "lm_eval": (),
+    "gate": (HARMFUL, LOOKALIKE, HELPFULNESS),
+}
+"""`suite.name`, as a user chooses it -> the suites whose prompts it asks."""
+
 
 class SuiteData(Protocol):
     """The held-out prompts of the three suites; `equipoise.data.sources.SafetyData` is one."""

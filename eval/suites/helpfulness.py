@@ -5,7 +5,8 @@ that forgets how to answer long before a judge of quality would.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from equipoise.data.errors import DataError
 from equipoise.data.schema import Exchange
 from equipoise.eval.generation.batches import base_of, encode_prompts, inference
+from equipoise.eval.generation.requests import Progress
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import take_out
-from equipoise.eval.judges.base import Progress
 from equipoise.eval.suites.base import SuiteData
 
 
@@ -67,6 +68,34 @@ def log_likelihoods(
                 num_unfit = len(exchanges) - len(fitting)
                 progress(num_unfit + start + len(batch), len(exchanges), "reference answers")
     return scores
+
+
+@dataclass(frozen=True)
+class ModelScorer:
+    """A `ReferenceScorer` with a model that is at hand; the arguments are those of `log_likelihoods`."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    max_length: int
+    token_bias: TokenBias | None = None
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Not enough to keep its scores by: a model in training changes."""
+        return {"model": base_of(self.model).name_or_path, "max_length": self.max_length}
+
+    def score(self, exchanges: Sequence[Exchange], progress: Progress | None = None) -> list[float | None]:
+        """As `log_likelihoods`."""
+        return log_likelihoods(
+            self.model,
+            self.tokenizer,
+            exchanges,
+            self.batch_size,
+            self.max_length,
+            self.token_bias,
+            progress,
+        )
 
 
 def _score(

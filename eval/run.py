@@ -1,0 +1,197 @@
+"""One evaluation as it was configured: engine, suites, judge, report. Who calls it prints and writes."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from equipoise.data.errors import EquipoiseError
+from equipoise.eval.cache import Cache, CachedEngine, CachedScorer
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.config import CommandConfig
+from equipoise.eval.evaluator import EvaluationSettings, evaluate_suites, is_main_process
+from equipoise.eval.generation.loading import LocalModel, remote_engine
+from equipoise.eval.generation.requests import Engine, Progress
+from equipoise.eval.generation.settings import GenerationSettings
+from equipoise.eval.judges.base import JudgeError
+from equipoise.eval.judges.calibration import JudgeCalibration
+from equipoise.eval.judges.loading import judge_problems, load_judge, load_pairwise
+from equipoise.eval.models import Notify
+from equipoise.eval.suites.base import ASKS, COMPLIANCE, HELPFULNESS, ReferenceScorer, Suite
+from equipoise.eval.suites.capability import run_tasks
+from equipoise.eval.suites.sources import load_suite
+from equipoise.eval.suites.win_rate import Pairwise, compare_answers
+
+REFERENCE = "reference"
+"""The opponent whose answers are those of the data."""
+
+
+class ConfigError(EquipoiseError):
+    """A configuration that cannot work."""
+
+
+def check(config: CommandConfig) -> None:
+    """Raise `ConfigError` with every key that cannot work; nothing is loaded but the texts that a judge names."""
+    name = config.suite.name
+    found = {f"model.{key}": why for key, why in config.model.problems().items()}
+    found |= {f"engine.{key}": why for key, why in config.engine.problems().items()}
+    found |= {f"suite.{key}": why for key, why in config.suite.problems().items()}
+    if name in ("likelihood", "lm_eval", "gate") and config.engine.name != "transformers":
+        found["engine.name"] = (
+            f"found {config.engine.name!r}, but suite={name} needs the model in this process"
+        )
+    if config.tsdi is not None and config.engine.name != "transformers":
+        found["tsdi"] = (
+            "TSDI decodes in this process; with vllm serve, use equipoise's logits processor there"
+        )
+    elif config.tsdi is not None and name == "lm_eval":
+        found["tsdi"] = "lm-eval decodes by itself, without TSDI"
+    if name not in ("likelihood", "lm_eval"):
+        problems = judge_problems(config.judge, pairwise=name == "win_rate")
+        found |= {f"judge.{key}": why for key, why in problems.items()}
+    for key in ("calibration", "baseline"):
+        value = getattr(config, key)
+        if value is not None and not Path(value).expanduser().is_file():
+            found[key] = f"found {value!r}, which is no file"
+    if config.limit is not None and config.limit < 1:
+        found["limit"] = f"found {config.limit}, expected at least 1"
+    try:
+        settings(config)
+    except (TypeError, ValueError) as error:
+        found["generation"] = str(error)
+    if found:
+        raise ConfigError("\n".join(f"{key}: {reason}" for key, reason in found.items()))
+
+
+def settings(config: CommandConfig) -> EvaluationSettings:
+    """The evaluator's settings; raises TypeError and ValueError for those that cannot work."""
+    return EvaluationSettings(
+        generation=GenerationSettings(**config.generation),
+        num_samples=config.num_samples,
+        controversial_is_unsafe=config.controversial_is_unsafe,
+    )
+
+
+@dataclass
+class Evaluation:
+    """Runs one configuration, which `check` has passed."""
+
+    config: CommandConfig
+    cache: Cache | None = None
+    notify: Notify | None = None
+    progress: Progress | None = None
+
+    def run(self) -> CategoryReport:
+        """The report; on every rank where torch.distributed is initialised, and the same on all."""
+        config = self.config
+        suites = [self._suite(name) for name in ASKS[config.suite.name]]
+        local = (
+            LocalModel(config.model, config.tsdi, self.notify)
+            if config.engine.name == "transformers"
+            else None
+        )
+        if config.suite.name == "lm_eval":
+            assert local is not None
+            return self._capability(local)
+        judged = config.suite.name not in ("likelihood", "win_rate")
+        scorer = self._scorer(local) if any(suite.name == HELPFULNESS for suite in suites) else None
+        report = evaluate_suites(
+            self._engines(local),
+            suites,
+            load_judge(config.judge, self.cache) if judged else None,
+            settings(config),
+            config.state,
+            config.model.id,
+            scorer,
+            self.progress,
+        )
+        if config.calibration is not None:
+            report = replace(report, calibration=self._calibration(report))
+        if config.suite.name == "win_rate" and is_main_process():
+            report = replace(report, pairwise=self._compared(report, suites[0]))
+        return report
+
+    def _suite(self, name: str) -> Suite:
+        keys = self.config.suite
+        return load_suite(
+            name, keys.source, keys.path, keys.fields, keys.taxonomy, keys.mirror, self.config.limit
+        )
+
+    def _engines(self, local: LocalModel | None) -> list[Engine]:
+        engines: list[Engine] = []
+        for sampled in settings(self.config).by_sample():
+            engine: Engine = (
+                local.engine(sampled)
+                if local is not None
+                else remote_engine(self.config.engine, self.config.model, sampled)
+            )
+            engines.append(engine if self.cache is None else CachedEngine(engine, self.cache))
+        return engines
+
+    def _scorer(self, local: LocalModel | None) -> ReferenceScorer:
+        assert local is not None, "checked with the configuration"
+        chosen = settings(self.config)
+        scorer = local.scorer(chosen.helpfulness_batch_size, chosen.helpfulness_max_length)
+        return scorer if self.cache is None else CachedScorer(scorer, self.cache)
+
+    def _calibration(self, report: CategoryReport) -> JudgeCalibration:
+        assert self.config.calibration is not None
+        calibration = JudgeCalibration.from_json(Path(self.config.calibration).expanduser())
+        if calibration.judge != report.judge.get("name"):
+            raise JudgeError(
+                f"{self.config.calibration} is about the judge {calibration.judge!r}, but {report.judge.get('name')!r} "
+                "judges here; calibrate that one."
+            )
+        return calibration
+
+    def _compared(self, report: CategoryReport, suite: Suite) -> Pairwise:
+        opponent = self.config.suite.opponent
+        assert opponent is not None, "checked with the configuration"
+        answers = {sample.id: sample.response for sample in report.of_suite(COMPLIANCE)}
+        theirs = _opponent_answers(opponent, suite)
+        exchanges = [exchange for exchange in suite.exchanges if exchange.id in answers]
+        return compare_answers(
+            load_pairwise(self.config.judge, self.cache),
+            exchanges,
+            [answers[exchange.id] for exchange in exchanges],
+            [theirs[exchange.id] for exchange in exchanges],
+            opponent,
+            self.progress,
+        )
+
+    def _capability(self, local: LocalModel) -> CategoryReport:
+        config = self.config
+        model, tokenizer = local.loaded
+        chosen = settings(config)
+        entries = run_tasks(
+            model,
+            tokenizer,
+            config.suite.tasks,
+            config.suite.num_fewshot,
+            config.limit,
+            chosen.generation.batch_size,
+            chosen.generation.seed,
+        )
+        report = evaluate_suites([], [], None, chosen, config.state, config.model.id)
+        return replace(report, engine=dict(local.description), capability=tuple(entries))
+
+
+def _opponent_answers(opponent: str, suite: Suite) -> dict[str, str]:
+    """By prompt id; raises `ConfigError` where an answer to one of the prompts is missing."""
+    if opponent == REFERENCE:
+        answers = {exchange.id: exchange.response for exchange in suite.exchanges if exchange.response}
+    else:
+        path = Path(opponent).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"suite.opponent={opponent}: expected {REFERENCE!r}, or the report.json of an evaluation with "
+                "suite=compliance or suite=win_rate."
+            )
+        samples = CategoryReport.from_json(path).of_suite(COMPLIANCE)
+        asked = {exchange.id: exchange.prompt for exchange in suite.exchanges}
+        answers = {sample.id: sample.response for sample in samples if asked.get(sample.id) == sample.prompt}
+    missing = [exchange.id for exchange in suite.exchanges if exchange.id not in answers]
+    if missing:
+        raise ConfigError(
+            f"suite.opponent={opponent}: {len(missing)} of {len(suite.exchanges)} prompts have no answer there, "
+            f"first {missing[0]!r}; both models have to be asked the same."
+        )
+    return answers
