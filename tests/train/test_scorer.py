@@ -11,12 +11,16 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from equipoise.data.templates import encode_turns
+from equipoise.eval.judges.base import Verdict
+from equipoise.eval.judges.beaver import BeaverJudge
 from equipoise.eval.models import load_model
 from equipoise.eval.scorer import (
     Scorer,
     cut_behind_end,
     end_scores,
     load_scorer,
+    load_scorer_tokenizer,
 )
 from equipoise.eval.scorer_card import ScorerCard, ScorerError, read_card
 from equipoise.train.scorer import (
@@ -148,6 +152,23 @@ def test_adapter_layout_round_trip(adapter_folder: Path, tiny_model_folder: Path
     assert torch.equal(scorer(*padded(ROWS, "left")).scores, expected)
     plain = Scorer(load_model(str(tiny_model_folder), dtype="float32")[0], random_head())
     assert not torch.allclose(plain(*padded(ROWS, "left")).scores, expected, atol=1e-2)
+
+
+def test_a_saved_cost_model_judges_by_the_sign_of_the_score_that_it_was_trained_on(
+    adapter_folder: Path,
+) -> None:
+    judge = BeaverJudge.load(adapter_folder, "float32")
+    prompts = [[{"role": "user", "content": text}] for text in ("What is nitre?", "How are you?", "x")]
+    judgements = judge.judge(prompts, ["A salt.", "", "Well, thank you."])
+    scorer, tokenizer = load_scorer(adapter_folder, "float32"), load_scorer_tokenizer(adapter_folder)
+    for prompt, response, judgement in zip(
+        prompts, ["A salt.", "", "Well, thank you."], judgements, strict=True
+    ):
+        turns = [*prompt, {"role": "assistant", "content": response}]
+        trained_on = cut_behind_end(encode_turns(tokenizer, turns, prompt=False), {tokenizer.eos_token_id})
+        cost = scorer(*padded([trained_on], "right")).end_scores.item()
+        assert judgement.raw == f"cost {cost:.4f}"
+        assert (judgement.verdict is Verdict.UNSAFE) == (cost > 0)
 
 
 def test_full_layout_round_trip_has_pkus_keys(
