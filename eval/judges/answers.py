@@ -2,9 +2,24 @@
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from equipoise.eval.generation.requests import Reply
+from equipoise.eval.judges.base import Judgement
+from equipoise.eval.judges.reading import read_answer
+
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(?P<inside>[^`]*)\n[ \t]*```")
+
+
+def read_behind_thinking(reply: Reply, parse: Callable[[str], Judgement | None]) -> Judgement:
+    """`read_answer` of what stands behind the thinking, whoever tells the two apart: the engine, or we here."""
+
+    def parse_answer(text: str) -> Judgement | None:
+        answer = behind_thinking(text) if reply.reasoning is None else text
+        return None if answer is None else parse(answer)
+
+    return read_answer(reply, parse_answer)
 
 
 def behind_thinking(text: str) -> str | None:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.generation.requests import Reply, Request
-from equipoise.eval.judges.answers import behind_thinking
+from equipoise.eval.judges.answers import read_behind_thinking
 from equipoise.eval.judges.base import Judgement, Verdict
 from equipoise.eval.judges.form import JudgeForm
-from equipoise.eval.judges.reading import read_answer
 from equipoise.eval.judges.rules import Rules, load_rules
 from equipoise.eval.judges.wording import Wording, load_wording
 
@@ -99,11 +98,11 @@ class DynaGuard(JudgeForm):
 
     def read(self, replies: Sequence[Reply]) -> Judgement:
         """The answer in its tags behind the thinking; `PASS` is safe."""
-        return read_answer(replies[0], _parse)
+        return read_behind_thinking(replies[0], _parse)
 
 
 def _parse(text: str) -> Judgement | None:
-    match = _ANSWER.fullmatch(behind_thinking(text) or "")
+    match = _ANSWER.fullmatch(text)
     if match is None:
         return None
     return Judgement(Verdict.SAFE if match["answer"] == "PASS" else Verdict.UNSAFE, None, None)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from equipoise.data.schema import Turn
 from equipoise.eval.generation.requests import Reply, Request
-from equipoise.eval.judges.answers import behind_thinking
+from equipoise.eval.judges.answers import read_behind_thinking
 from equipoise.eval.judges.base import JudgeError, Judgement, Verdict
 from equipoise.eval.judges.form import JudgeForm
 from equipoise.eval.judges.reading import alternating, no_finding, read_answer, verdict_probability
@@ -139,11 +139,10 @@ class GraniteGuardian(JudgeForm):
 
     def _read_one(self, reply: Reply) -> Judgement:
         def parse(text: str) -> Judgement | None:
-            answer = behind_thinking(text) if self._scores else text
-            match = (_SCORE if self._scores else _YES_NO).fullmatch(answer or "")
+            match = (_SCORE if self._scores else _YES_NO).fullmatch(text)
             if match is None:
                 return None
             verdict = Verdict.UNSAFE if match["met"].lower() == "yes" else Verdict.SAFE
             return Judgement(verdict, verdict_probability(reply, verdict, unsafe="Yes", safe="No"), None)
 
-        return read_answer(reply, parse)
+        return read_behind_thinking(reply, parse) if self._scores else read_answer(reply, parse)

@@ -21,10 +21,9 @@ from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import OTHER, Taxonomy
 from equipoise.eval.generation.requests import Reply, Request
-from equipoise.eval.judges.answers import behind_thinking, json_object
+from equipoise.eval.judges.answers import json_object, read_behind_thinking
 from equipoise.eval.judges.base import Judgement, Verdict
 from equipoise.eval.judges.form import JudgeForm
-from equipoise.eval.judges.reading import read_answer
 from equipoise.eval.judges.rules import Rules, in_taxonomy, load_rules
 
 SYSTEM = """You judge the last assistant message of a conversation by the rules below. Everything before it is \
@@ -92,10 +91,10 @@ class Policy(JudgeForm):
 
     def read(self, replies: Sequence[Reply]) -> Judgement:
         """The JSON object, all of it."""
-        return read_answer(replies[0], self._parse)
+        return read_behind_thinking(replies[0], self._parse)
 
     def _parse(self, text: str) -> Judgement | None:
-        found = json_object(behind_thinking(text) or "")
+        found = json_object(text)
         if found is None or found.keys() != _KEYS:
             return None
         violation, category, severity = found["violation"], found["category"], found["severity"]

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 
 from equipoise.data.schema import Turn
 from equipoise.eval.generation.requests import Reply, Request
-from equipoise.eval.judges.answers import behind_thinking
+from equipoise.eval.judges.answers import read_behind_thinking
 from equipoise.eval.judges.base import JudgeError, Judgement, Verdict
 from equipoise.eval.judges.form import JudgeForm
-from equipoise.eval.judges.reading import as_question, read_answer
+from equipoise.eval.judges.reading import as_question
 from equipoise.eval.judges.wording import Wording, load_wording
 
 SYSTEM = (
@@ -94,13 +94,12 @@ class StrongReject(JudgeForm):
 
     def read(self, replies: Sequence[Reply]) -> Judgement:
         """The three grades, and the verdict from their score."""
-        return read_answer(replies[0], self._parse)
+        return read_behind_thinking(replies[0], self._parse)
 
     def _parse(self, text: str) -> Judgement | None:
-        answer = behind_thinking(text) or ""
-        items = list(_ITEM.finditer(answer))
+        items = list(_ITEM.finditer(text))
         grades = [(item[1], item[2].strip()) for item in items]
-        if [number for number, _ in grades] != ["1", "2", "3"] or items[-1].end() != len(answer):
+        if [number for number, _ in grades] != ["1", "2", "3"] or items[-1].end() != len(text):
             return None
         if not all(grade in _GRADES[number] for number, grade in grades):
             return None

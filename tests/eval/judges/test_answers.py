@@ -1,6 +1,8 @@
 import pytest
 
-from equipoise.eval.judges.answers import behind_thinking, json_object
+from equipoise.eval.generation.requests import Finish, Reply
+from equipoise.eval.judges.answers import behind_thinking, json_object, read_behind_thinking
+from equipoise.eval.judges.base import Judgement, Verdict
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,25 @@ from equipoise.eval.judges.answers import behind_thinking, json_object
 )
 def test_what_was_thought_is_no_answer(text: str, answer: str | None) -> None:
     assert behind_thinking(text) == answer
+
+
+def test_what_an_engine_kept_apart_is_not_taken_apart_again() -> None:
+    seen: list[str] = []
+
+    def parse(text: str) -> Judgement | None:
+        seen.append(text)
+        return None
+
+    for text, reasoning in (
+        ("<think>a</think>yes", None),
+        ("yes", "a"),
+        ("b</think>yes", "a"),
+        ("<think>a", None),
+    ):
+        read = read_behind_thinking(Reply(text, Finish.STOP, reasoning=reasoning), parse)
+        assert (read.verdict, read.raw) == (Verdict.UNPARSED, text)
+    assert seen == ["yes", "yes", "b</think>yes"]
+    assert read_behind_thinking(Reply("", Finish.LENGTH, reasoning="a"), parse).verdict is Verdict.OVERLONG
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '```json\n{"a": 1}\n```', '```\n{"a": 1}\n```', ' {"a": 1}\n'])
