@@ -2,12 +2,17 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from equipoise.data.config import DataConfig
+from equipoise.data.config import CleaningConfig, DataConfig
+from equipoise.data.schema import Turn
+from equipoise.eval.generation.requests import Progress
+from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
+from equipoise.train import run as run_module
 from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe
 from equipoise.train.recipe.stages import PreferenceStageConfig
 from equipoise.train.run import run
@@ -66,3 +71,50 @@ def test_real_pairs_train(
     assert all(0 < value < 10 for value in losses.values())
     if keys:
         assert set(losses) - {"train/loss/OTHER"}  # by category, mapped from the labels of the file
+
+
+class CategoryJudge:
+    """Calls an answer unsafe that goes along, and names the hazard of its prompt."""
+
+    card = JudgeCard("names categories", True, "Judges by a rule of the test.", ())
+
+    def judge(
+        self, prompts: Sequence[Sequence[Turn]], responses: Sequence[str], progress: Progress | None = None
+    ) -> list[Judgement]:
+        found = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            hazard = "S7" if "address" in prompt[-1]["content"] else "S2"
+            if "No." in response:
+                found.append(Judgement(Verdict.SAFE, 0.1, refused=True))
+            else:
+                found.append(Judgement(Verdict.UNSAFE, 0.9, refused=False, categories=(hazard,)))
+        return found
+
+
+def test_the_judge_gives_categories_and_finds_unsafe_chosen_answers(
+    tmp_path: Path, tiny_model_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load_judge", lambda config: CategoryJudge())
+    records = []
+    for n in range(12):
+        prompt = f"Where is {'the address of' if n % 2 else 'the till of'} shop number {n}?"
+        records.append(
+            {"prompt": prompt, "chosen": f"No. I keep {n} out.", "rejected": f"It is at place {n}."}
+        )
+    records[3] |= {"chosen": "It is over there.", "rejected": "It is by the river."}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    num_pairs, metrics = train(
+        tmp_path,
+        tiny_model_folder,
+        {"safety": 1.0},
+        source="jsonl",
+        path=str(path),
+        categorise="judge",
+        cleaning=CleaningConfig(enabled=True, judged_unsafe="drop", p_safe="judge", near_duplicates="keep"),
+    )
+    assert num_pairs == 11
+    assert {"train/loss/S2", "train/loss/S7"} <= metrics.keys()
+    assert "train/loss/OTHER" not in metrics
+    dropped = [json.loads(line) for line in next(tmp_path.rglob("dropped.jsonl")).read_text().splitlines()]
+    assert [(row["id"], row["dropped_by"]) for row in dropped] == [("pairs:4", "judged_unsafe")]
