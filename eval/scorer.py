@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from equipoise.eval.generation.batches import base_of
 from equipoise.eval.generation.requests import Progress
-from equipoise.eval.models import DTYPES, Dtype, ModelError, load_model
+from equipoise.eval.models import Dtype, ModelError, load_model
 from equipoise.eval.scorer_card import ScorerCard, ScorerError, read_card, weights_hash
 
 
@@ -213,7 +213,7 @@ def _load_full(folder: Path, card: ScorerCard, dtype: Dtype, options: dict[str, 
     options = {name: value for name, value in options.items() if value is not None}
     try:
         decoder, info = AutoModel.from_pretrained(
-            str(folder), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise ScorerError(f"The decoder of the scorer in {folder} does not load: {error}") from error

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.crosswalk import find_taxonomy
+from equipoise.data.errors import EquipoiseError
 from equipoise.eval.category_report import CategoryReport, ReportError
 from equipoise.eval.evaluator import EvaluationSettings, evaluate
 from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
@@ -21,6 +23,7 @@ from equipoise.eval.generation.engine import GenerationSettings
 from equipoise.eval.generation.tsdi import TokenBias, TokenShift
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
+from equipoise.train import base_report
 from equipoise.train.model import default_device, load_policy, merged, save_folder, save_policy
 from equipoise.train.provenance import provenance
 from equipoise.train.recipe import Recipe
@@ -64,6 +67,13 @@ class Gatekeeper:
         path = context.run_dir / "eval" / label / "report.json"
         report = _existing(path)
         new = report is None
+        shared = self._shared_report(settings, model_folder) if new and state == BASE else None
+        if shared is not None and (report := base_report.load(shared, model_folder)) is not None:
+            context.say(
+                f"{state}: evaluated before, by a run with the same model, prompts, settings and judge"
+            )
+            if PartialState().is_main_process:
+                report.to_json(path)
         if report is None:
             assert self.judge is not None
             model, tokenizer = load_policy(context.recipe.model, model_folder)
@@ -84,7 +94,9 @@ class Gatekeeper:
                 torch.cuda.empty_cache()
             if PartialState().is_main_process:
                 report.to_json(path)
-            PartialState().wait_for_everyone()
+                if shared is not None:
+                    report.to_json(shared)
+        PartialState().wait_for_everyone()
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
         if new:
@@ -92,6 +104,20 @@ class Gatekeeper:
         if state == BASE:
             self._write_label(state, label)
         return report
+
+    def _shared_report(self, settings: EvaluationSettings, model_folder: str) -> Path | None:
+        """Where runs share the base's report; the same on all ranks, None where the weights cannot be told."""
+        context = self.context
+        assert self.judge is not None
+        found: list[Path | None] = [None]
+        if PartialState().is_main_process:
+            try:
+                found = [
+                    base_report.report_file(context.recipe, context.data, self.judge, settings, model_folder)
+                ]
+            except EquipoiseError as error:
+                context.say(f"the base's evaluation is not shared with other runs: {error}")
+        return broadcast_object_list(found)[0]
 
     def _record(self, verdict: dict[str, Any]) -> None:
         """Append to gate.jsonl, but for a verdict that an interrupted run has written already."""
@@ -166,6 +192,7 @@ def evaluation_settings(recipe: Recipe) -> EvaluationSettings:
             max_new_tokens=recipe.evaluation.max_new_tokens, batch_size=recipe.evaluation.batch_size
         ),
         max_prompts_per_category=recipe.data.max_prompts_per_category,
+        controversial_is_unsafe=recipe.evaluation.controversial_is_unsafe,
     )
 
 

@@ -30,8 +30,7 @@ from equipoise.data.taxonomy import OTHER
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
-from equipoise.eval.judges.base import Judge
-from equipoise.eval.judges.embedded import EmbeddedJudge
+from equipoise.eval.judges.loading import load_judge
 from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.eval.terminal import Progress, console, say
 from equipoise.eval.terminal_table import category_table
@@ -105,7 +104,7 @@ def run(recipe: Recipe) -> int:
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
-                load_judge=lambda: _judge(recipe),
+                load_judge=lambda: load_judge(recipe.judge),
             )
             gatekeeper, seconds, facts, token_bias = _walk(context)
         exit_code = final_exit_code(gatekeeper)
@@ -156,7 +155,7 @@ def _walk(
     facts: dict[str, dict[str, object]] = {}
     judged = recipe.evaluation.baseline or any(stage.evaluate for stage in recipe.stages.values())
     gatekeeper = Gatekeeper(
-        context, _judge(recipe) if judged else None, GateRules(**recipe.gate.rules), names
+        context, load_judge(recipe.judge) if judged else None, GateRules(**recipe.gate.rules), names
     )
     context.gate_inside = gatekeeper.inside_stage
     if recipe.evaluation.baseline:
@@ -246,18 +245,11 @@ def _resumed(context: StageContext, name: str) -> StageResult | None:
     )
 
 
-def _judge(recipe: Recipe) -> Judge:
-    # One judge so far; further ones are further branches, or a table when there are many.
-    if recipe.judge.name != "embedded":
-        raise RecipeError(f"judge.name: found {recipe.judge.name!r}, possible: embedded")
-    return EmbeddedJudge.load(batch_size=recipe.judge.batch_size, dtype=native_dtype())
-
-
 def _data_helpers(recipe: Recipe) -> Helpers:
     """The recipe's judge, where cleansing or categories ask for it."""
     if recipe.data.categorise != "judge" and recipe.data.cleaning.p_safe != "judge":
         return Helpers()
-    judge = _judge(recipe)
+    judge = load_judge(recipe.judge)
 
     def p_safe(prompts: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[float | None]:
         found = judge.judge(prompts, answers)

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import Exchange
 from equipoise.eval.config import EngineConfig, ModelChoice
 from equipoise.eval.fingerprint import file_fingerprint, model_fingerprint
 from equipoise.eval.generation.requests import Engine, Progress, Reply, Request
 from equipoise.eval.generation.settings import GenerationSettings
-from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.models import Notify, load_model, load_tokenizer, native_dtype, resolve_model
 
 
@@ -169,7 +169,7 @@ def judge_engine(
 
 def token_bias_file(path: str) -> Path:
     """The token bias at `path`, a file or a folder that holds one; raises EquipoiseError where there is none."""
-    from equipoise.data.errors import EquipoiseError
+    from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 
     place = Path(path).expanduser()
     file = place / TOKEN_BIAS_FILE if place.is_dir() else place

@@ -356,6 +356,8 @@ def _exchange(suite: str, stem: str, line: Line, source: Source, left_out: Count
         name: next((line.values[column] for column in columns if line.values.get(column) is not None), None)
         for name, columns in source.fields.items()
     }
+    if values.get("context") == "":  # most behaviours have none
+        values["context"] = None
     _name_missing_columns(line, source)
     row = Line(values, line.number, line.problems, line.from_text)
     prompt = row.prompt()

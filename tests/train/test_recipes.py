@@ -98,7 +98,7 @@ def test_a_recipe_is_planned_and_trained(
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(small_data))
     judge = make_judge(lambda prompt, response: "S2" in prompt)
-    monkeypatch.setattr(run_module, "_judge", lambda recipe: judge)
+    monkeypatch.setattr(run_module, "load_judge", lambda recipe: judge)
     # Most of the time, and other tests are about them.
     monkeypatch.setattr(gatekeeper_module, "write_report", lambda *args, **kwargs: None)
     monkeypatch.setattr(dry_run_module, "_measured_flops", lambda dtype: 1e9)

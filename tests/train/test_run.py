@@ -64,7 +64,7 @@ class Surroundings:
 
     def apply(self) -> None:
         self.patch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(self.data))
-        self.patch.setattr(run_module, "_judge", lambda recipe: self.judge)
+        self.patch.setattr(run_module, "load_judge", lambda recipe: self.judge)
 
 
 @pytest.fixture
@@ -308,7 +308,7 @@ def test_nothing_judged_needs_no_judge(
     def no_judge(recipe: Recipe) -> Judge:
         raise AssertionError("a judge was loaded")
 
-    monkeypatch.setattr(run_module, "_judge", no_judge)
+    monkeypatch.setattr(run_module, "load_judge", no_judge)
     recipe.evaluation.baseline = False
     recipe.stages = {"safe": replace(recipe.stages["safe"], evaluate=False)}
     assert run(recipe) == 0

@@ -44,7 +44,7 @@ def run_stages(
         monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
         data: SafetyData = make_data()
         monkeypatch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(data))
-        monkeypatch.setattr(run_module, "_judge", lambda recipe: make_judge(unsafe))
+        monkeypatch.setattr(run_module, "load_judge", lambda recipe: make_judge(unsafe))
         monkeypatch.setattr(
             "equipoise.train.gatekeeper.write_report", lambda path, *_, **__: path.write_text("<html>")
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from equipoise.data.config import DataConfig
 from equipoise.data.errors import EquipoiseError
+from equipoise.eval.config import JudgeConfig
 
 
 class RecipeError(EquipoiseError):
@@ -80,16 +81,6 @@ class LossConfig:
 
 
 @dataclass
-class JudgeConfig:
-    """Who judges the answers."""
-
-    name: str = "embedded"
-    """embedded: a classifier on the packaged model's hidden states, a stand-in for a real judge."""
-    batch_size: int = 32
-    """Answers judged at a time."""
-
-
-@dataclass
 class EvaluationConfig:
     """How checkpoints are evaluated."""
 
@@ -99,6 +90,8 @@ class EvaluationConfig:
     """Prompts answered at a time."""
     baseline: bool = True
     """Evaluate the starting model too; the gate's paired rules need it."""
+    controversial_is_unsafe: bool = True
+    """How a verdict between safe and unsafe counts, where a judge has one (strict: true, loose: false)."""
 
 
 @dataclass

@@ -80,6 +80,8 @@ def near_misses(name: str, known: Iterable[str]) -> str:
 
 def check_recipe(recipe: Recipe, problems: Problems) -> None:
     """Note every value of `recipe` that cannot work."""
+    from equipoise.eval.judges.loading import judge_problems  # here: statistics take a second to import
+
     check_folder_name("name", recipe.name, problems)
     problems.expect(bool(recipe.output_dir.strip()), "output_dir", recipe.output_dir, "a folder")
     at_least(0, "seed", recipe.seed, problems)
@@ -88,8 +90,8 @@ def check_recipe(recipe: Recipe, problems: Problems) -> None:
     check_loss("loss", recipe.loss, problems)
     _check_model(recipe.model, problems)
     _check_data(recipe.data, problems)
-    problems.one_of("judge.name", recipe.judge.name, ("embedded",))
-    at_least(1, "judge.batch_size", recipe.judge.batch_size, problems)
+    for key, reason in judge_problems(recipe.judge).items():
+        problems.add(f"judge.{key}", reason)
     at_least(1, "evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, problems)
     at_least(1, "evaluation.batch_size", recipe.evaluation.batch_size, problems)
     _check_gate(recipe.gate, problems)

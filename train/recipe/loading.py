@@ -47,6 +47,7 @@ _TYPE_NAMES: dict[Any, str] = {
     list[float]: "a list of numbers",
     dict[str, float]: "names with a number each",
     dict[str, Any]: "names with a value each",
+    dict[str, dict[str, Any]]: "names with keys and values each",
 }
 
 Config = TypeVar("Config")

@@ -193,6 +193,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("data.held_out_fraction", 0.1, "found 0.1, but the samples have their own held-out prompts"),
         ("data.max_length", 0, "found 0, expected at least 8"),
         ("judge.name", "gpt", "found 'gpt', possible: embedded"),
+        ("judge.engine", "server", "found 'server', but the judge embedded does not read it"),
         ("evaluation.max_new_tokens", 0, "found 0, expected at least 1"),
         ("gate.every", -1, "found -1, expected at least 0"),
         ("gate.rules.category_limits.S99", 0.1, "unknown key; did you mean 'S9'"),
