@@ -72,9 +72,10 @@ def limit_check(report: CategoryReport, category: str | None, limit: float, rule
                 "unsafe_rate", category, GateVerdict.INCONCLUSIVE, message, limit=limit, n=rate.n
             )
         value, low, high = rate.corrected.rate, rate.corrected.low, rate.corrected.high
-        note = (
-            f"; corrected for the judge's errors, {rate.rate:.1%} measured" if rate.rate is not None else ""
-        )
+        if rate.rate is not None:
+            note = f"; corrected for the judge's errors, {rate.rate:.1%} measured"
+        if value is not None and rate.corrected.message:
+            note += f" ({rate.corrected.message})"
     if rate.n < rules.min_samples:
         verdict = GateVerdict.INCONCLUSIVE
         message = f"{_judged(rate)}; the rules ask for at least {rules.min_samples}"

@@ -120,6 +120,7 @@ def mean_interval(
     return Mean(n, mean, mean - half_width, mean + half_width, p_value)
 
 
+@lru_cache
 def z_value(confidence: float) -> float:
     """The normal quantile of a two-sided interval; raises ValueError unless 0 < confidence < 1."""
     if not 0 < confidence < 1:

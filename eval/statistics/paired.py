@@ -5,9 +5,10 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from equipoise.eval.statistics.intervals import Interval, z_value
 
@@ -98,12 +99,14 @@ def sign_flip_p_value(sums: Sequence[int]) -> float:
     1935 and Pitman 1937, with the prompt as the unit that is randomised.
     """
     num_single = sum(abs(of) == 1 for of in sums)
-    ones = np.arange(num_single + 1)
+    longer = [abs(of) for of in sums if abs(of) > 1]
+    if not longer:
+        return float(special.bdtrc((sum(sums) + num_single) // 2 - 1, num_single, 0.5)) if num_single else 1.0
     # Totals 2 k - num_single with binomial weights; longer steps are added one prompt at a time.
     weights = np.zeros(2 * num_single + 1)
-    weights[::2] = stats.binom.pmf(ones, num_single, 0.5)
+    weights[::2] = stats.binom.pmf(np.arange(num_single + 1), num_single, 0.5)
     reach = num_single
-    for size in (abs(of) for of in sums if abs(of) > 1):
+    for size in longer:
         wider = np.zeros(len(weights) + 2 * size)
         wider[: len(weights)] += weights / 2
         wider[2 * size :] += weights / 2
@@ -146,6 +149,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@lru_cache(maxsize=2**16)  # two roots are searched for
 def tango_interval(num_gained: float, num_lost: float, n: float, confidence: float = 0.95) -> Interval:
     """Tango's score interval for the difference of two paired rates, (gained - lost) / n; (-1, 1) when n is 0.
 

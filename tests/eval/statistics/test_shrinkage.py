@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from statsmodels.stats.multitest import multipletests
 
 from equipoise.eval.statistics import (
     benjamini_hochberg,
@@ -28,6 +29,13 @@ def test_shrink_rates_refuses_what_it_cannot_use() -> None:
         shrink_rates([3], [2], strength=8)
     with pytest.raises(ValueError, match="strength"):
         shrink_rates([1], [2], strength=-1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adjusted_p_values_are_those_of_statsmodels(seed: int) -> None:
+    p_values = np.random.default_rng(seed).random(9).round(1).tolist()  # with ties
+    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
+    assert benjamini_hochberg(p_values) == pytest.approx(multipletests(p_values, method="fdr_bh")[1])
 
 
 def test_benjamini_hochberg_by_hand_and_in_the_order_given() -> None:
