@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -22,26 +21,15 @@ from transformers import (
 from xxhash import xxh3_128
 
 from equipoise.eval.generation.batches import base_of, decoding_by, inference, left_pad
+from equipoise.eval.generation.encoding import Encoded, RefusedError, encode_request
 from equipoise.eval.generation.reasoning import split_reasoning
-from equipoise.eval.generation.requests import EngineError, Finish, Progress, Reply, Request
+from equipoise.eval.generation.requests import Finish, Progress, Reply, Request
 from equipoise.eval.generation.settings import GenerationSettings
 from equipoise.eval.generation.slots import decode_in_slots, decodes_in_slots
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor, take_out
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Asked:
-    """A request that fits, as the model reads it."""
-
-    row: list[int]
-    limit: int
-    choices: dict[str, int]
-    """Text -> its first token."""
-    prompt_end: str = ""
-    """The last words of the prompt, which may have opened the thinking."""
 
 
 class TransformersEngine:
@@ -86,7 +74,7 @@ class TransformersEngine:
             "adapters": _adapters(self.model),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "device": self.base.device.type,
-            "chat_template": xxh3_128(str(self.tokenizer.chat_template)).hexdigest(),
+            "chat_template": xxh3_128(str(self.tokenizer.chat_template).encode()).hexdigest(),
             "tokenizer": self.tokenizer.name_or_path,
             "ends": sorted(self.ends),
             **{f"settings.{name}": value for name, value in asdict(self.settings).items()},
@@ -106,12 +94,12 @@ class TransformersEngine:
             EngineError: messages, and the tokenizer has no chat template.
         """
         replies: dict[int, Reply] = {}
-        asked: dict[int, _Asked] = {}
+        asked: dict[int, Encoded] = {}
         for index, request in enumerate(requests):
             try:
-                encoded = self._encode(request)
-            except (TemplateError, ValueError) as error:
-                replies[index] = Reply(None, Finish.FAILED, error=f"the chat template refuses: {error}")
+                encoded = encode_request(self.tokenizer, request)
+            except RefusedError as error:
+                replies[index] = Reply(None, Finish.FAILED, error=str(error))
                 continue
             room, reason = self.room(request.max_new_tokens)
             if len(encoded.row) > room:
@@ -139,38 +127,9 @@ class TransformersEngine:
 
     def num_prompt_tokens(self, request: Request) -> int:
         """Tokens of a request as the model reads it."""
-        return len(self._encode(request).row)
+        return len(encode_request(self.tokenizer, request).row)
 
-    def _encode(self, request: Request) -> _Asked:
-        tokenizer = self.tokenizer
-        if request.messages is not None:
-            if tokenizer.chat_template is None:
-                raise EngineError(
-                    f"The tokenizer of {self.base.name_or_path or 'the model'} has no chat template; take an "
-                    "instruction-tuned model, or give its tokenizer one."
-                )
-            options = {"add_generation_prompt": True, **request.template_options}
-            row = tokenizer.apply_chat_template(list(request.messages), return_dict=True, **options)[
-                "input_ids"
-            ]
-        else:
-            row = tokenizer(request.text)["input_ids"]
-            if (
-                len(row) > 1
-                and row[-1] == tokenizer.eos_token_id
-                and not str(request.text).endswith(tokenizer.eos_token)
-            ):
-                row = row[:-1]  # a tokenizer that closes every text would leave nothing to say
-        if not row:
-            raise ValueError("the prompt has no tokens")
-        choices = {}
-        for choice in request.choices:
-            tokens = tokenizer(choice, add_special_tokens=False)["input_ids"]
-            if tokens and tokens[0] != tokenizer.unk_token_id:
-                choices[choice] = tokens[0]
-        return _Asked(list(row), request.max_new_tokens, choices, tokenizer.decode(row[-8:]))
-
-    def _decode(self, asked: Mapping[int, _Asked]) -> Iterator[tuple[int, Reply]]:
+    def _decode(self, asked: Mapping[int, Encoded]) -> Iterator[tuple[int, Reply]]:
         """Replies as they come; halves the batch size when memory runs out."""
         # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
         waiting = sorted(asked, key=lambda index: len(asked[index].row), reverse=True)
@@ -197,7 +156,7 @@ class TransformersEngine:
                     return
 
     def _answers(
-        self, waiting: Sequence[int], asked: Mapping[int, _Asked], batch_size: int
+        self, waiting: Sequence[int], asked: Mapping[int, Encoded], batch_size: int
     ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
         """(index, answer's tokens, log-probabilities of its choices), as they end."""
         if self._in_slots is None:
@@ -234,7 +193,7 @@ class TransformersEngine:
         return logits
 
     def _answers_in_batches(
-        self, waiting: Sequence[int], asked: Mapping[int, _Asked], batch_size: int
+        self, waiting: Sequence[int], asked: Mapping[int, Encoded], batch_size: int
     ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
         """The same by the model's own `generate`, for what cannot be decoded in slots; one limit a batch."""
         for limit in sorted({asked[index].limit for index in waiting}):
@@ -262,7 +221,7 @@ class TransformersEngine:
                         choices = asked[index].choices
                         yield index, answer, _choice_logprobs(first.logits[at], choices) if choices else {}
 
-    def _reply(self, asked: _Asked, tokens: Sequence[int], logprobs: Mapping[str, float]) -> Reply:
+    def _reply(self, asked: Encoded, tokens: Sequence[int], logprobs: Mapping[str, float]) -> Reply:
         """Cut an answer at its first end token; what follows is padding."""
         length = next((at for at, token in enumerate(tokens) if token in self.ends), None)
         said = tokens if length is None else tokens[:length]
