@@ -91,8 +91,8 @@ class ServerEngine:
     Tried again with exponential back-off and jitter: 429 (after Retry-After if the server names one), 408, 5xx,
     time-outs, broken connections, answers that are no completion. Other errors of the client are FAILED at once,
     with the server's message; a context that is too small is OVERLONG. Replies' log-probabilities are those the
-    server gives, whatever it calls them (vLLM: the model's own, before sampling); choices not among its most probable first
-    tokens are absent. `Reply.num_tokens` is what the server counted, thinking and end token included.
+    server gives, whatever it calls them (vLLM: the model's own, before sampling); choices not among its most
+    probable first tokens are absent. `Reply.num_tokens` is what the server counted, thinking and end token included.
 
     The seed is sent with every request; whether a server keeps to it, and whether batching changes greedy answers,
     is up to the server. `GenerationSettings.max_prompt_tokens` and `batch_size` are not used: the server has its own.

@@ -3,8 +3,8 @@
 `generate` decodes a batch until its longest answer is done, copies every key and value at every step to append one
 more, and encodes what all prompts begin with once a prompt. Here a slot is a row of keys and values allocated once: new
 ones are written in place, a finished row's slot is taken over by a waiting prompt, and the tokens all prompts share (a
-chat template's system turn) are encoded once for all slots. Each row stands at a position of its own and attends to its own
-tokens only, so that greedy answers in fp32 are those of `generate`.
+chat template's system turn) are encoded once for all slots. Each row stands at a position of its own and attends to its
+own tokens only, so that greedy answers in fp32 are those of `generate`.
 
 It is for decoders with full attention in every layer; `decodes_in_slots` says which those are.
 """
