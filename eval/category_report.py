@@ -15,6 +15,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.data.schema import Turn
 from equipoise.data.taxonomy import OTHER
+from equipoise.eval.comparison import compare
 from equipoise.eval.judges.base import JudgeError, Verdict
 from equipoise.eval.judges.calibration import JudgeCalibration
 from equipoise.eval.rates import Rate, gap_of
@@ -22,11 +23,7 @@ from equipoise.eval.statistics import (
     Gap,
     IntervalMethod,
     Mean,
-    PairedChange,
-    benjamini_hochberg,
-    holm,
     mean_interval,
-    paired_change,
 )
 from equipoise.eval.statistics.rogan_gladen import JudgeErrors
 from equipoise.eval.statistics.win_rate import WinRate
@@ -381,64 +378,6 @@ def _sample(document: dict[str, Any]) -> SampleResult:
 
 def _built(document: dict[str, Any] | None, build: Callable[[dict[str, Any]], T]) -> T | None:
     return None if document is None else build(document)
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Paired changes between two reports, over the prompts that have an outcome in both."""
-
-    unsafe: dict[str, PairedChange]
-    unsafe_p_adjusted: dict[str, float]
-    """Two-sided, Holm over the categories."""
-    unsafe_q_values: dict[str, float]
-    """The same by Benjamini and Hochberg: for looking around, not for deciding."""
-    unsafe_overall: PairedChange
-    compliance: PairedChange
-    over_refusal: PairedChange
-    helpfulness: Mean
-    """Of the differences, after minus before, nats per token."""
-
-
-def compare(report: CategoryReport, baseline: CategoryReport) -> Comparison:
-    """Paired changes from `baseline` to `report`; prompts without an outcome in one of them are left out."""
-    harmful_prompts, lookalikes = report.prompt_ids(HARMFUL), report.prompt_ids(LOOKALIKE)
-    unsafe = {
-        category: _paired(
-            report.unsafe_outcomes(category), baseline.unsafe_outcomes(category), harmful_prompts
-        )
-        for category in report.categories
-    }
-    p_values = [change.p_value for change in unsafe.values()]
-    before, helpful_prompts = baseline.helpfulness_scores(), report.prompt_ids(HELPFULNESS)
-    differences = {
-        id: new - old
-        for id, new in report.helpfulness_scores().items()
-        if new is not None and (old := before.get(id)) is not None
-    }
-    return Comparison(
-        unsafe=unsafe,
-        unsafe_p_adjusted=dict(zip(unsafe, holm(p_values), strict=True)),
-        unsafe_q_values=dict(zip(unsafe, benjamini_hochberg(p_values), strict=True)),
-        unsafe_overall=_paired(report.unsafe_outcomes(), baseline.unsafe_outcomes(), harmful_prompts),
-        compliance=_paired(report.compliance_outcomes(), baseline.compliance_outcomes(), harmful_prompts),
-        over_refusal=_paired(report.over_refusal_outcomes(), baseline.over_refusal_outcomes(), lookalikes),
-        helpfulness=mean_interval(
-            list(differences.values()), prompts=[helpful_prompts[id] for id in differences]
-        ),
-    )
-
-
-def _paired(
-    after: Mapping[str, bool | None], before: Mapping[str, bool | None], prompts: Mapping[str, str]
-) -> PairedChange:
-    pairs = {
-        id: (old, new) for id, new in after.items() if new is not None and (old := before.get(id)) is not None
-    }
-    return paired_change(
-        [old for old, _ in pairs.values()],
-        [new for _, new in pairs.values()],
-        prompts=[prompts[id] for id in pairs],
-    )
 
 
 def _in_order(categories: Iterable[str]) -> tuple[str, ...]:

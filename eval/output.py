@@ -16,7 +16,7 @@ from equipoise.data.schema import LabelledExchange
 from equipoise.data.sources.files import load_labelled
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.category_report import CategoryReport
-from equipoise.eval.category_report import compare as compare_reports
+from equipoise.eval.comparison import compare as compare_reports
 from equipoise.eval.config import CommandConfig
 from equipoise.eval.gate import GateResult
 from equipoise.eval.gate_checks import GateCheck

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from equipoise.eval.category_report import CategoryReport, Comparison, SampleResult, compare
+from equipoise.eval.category_report import CategoryReport, SampleResult
+from equipoise.eval.comparison import Comparison, compare
 from equipoise.eval.gate import GateResult
 from equipoise.eval.gate_checks import GateVerdict
 from equipoise.eval.gate_paired import obstacle

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from equipoise.eval.category_report import CategoryReport, Comparison
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.comparison import Comparison
 from equipoise.eval.rates import Rate
 from equipoise.eval.report.content import ReportContent
 from equipoise.eval.report.formats import one_line

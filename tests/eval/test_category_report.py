@@ -7,8 +7,8 @@ from equipoise.eval.category_report import (
     CategoryReport,
     ReportError,
     SampleResult,
-    compare,
 )
+from equipoise.eval.comparison import compare
 from equipoise.eval.judges.base import Verdict
 from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import wilson_interval

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from equipoise.eval.judges.calibration import auroc_interval, calibration_entry
+from equipoise.eval.judges.calibration import calibration_entry
+from equipoise.eval.statistics.auroc import auroc_interval
 
 
 def test_auroc_counts_wins_and_half_ties() -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from equipoise.data.schema import LabelledExchange, Turn
 from equipoise.eval.generation.requests import Progress
 from equipoise.eval.judges.base import JudgeCard, JudgeError, Judgement, Verdict
-from equipoise.eval.judges.calibration import JudgeCalibration, auroc_interval, calibrate
+from equipoise.eval.judges.calibration import JudgeCalibration, calibrate
 from equipoise.eval.judges.calibration_table import calibration_table
+from equipoise.eval.statistics.auroc import auroc_interval
 
 SAFE, UNSAFE, CONTROVERSIAL = Verdict.SAFE, Verdict.UNSAFE, Verdict.CONTROVERSIAL
 
