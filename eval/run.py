@@ -47,6 +47,10 @@ def check(config: CommandConfig) -> None:
     if name not in ("likelihood", "lm_eval"):
         problems = judge_problems(config.judge, pairwise=name == "win_rate")
         found |= {f"judge.{key}": why for key, why in problems.items()}
+    if config.num_samples > 1 and config.engine.name == "vllm":
+        found["num_samples"] = (
+            "each answer has a seed of its own, and vLLM would be loaded once for each: serve the model"
+        )
     for key in ("calibration", "baseline"):
         value = getattr(config, key)
         if value is not None and not Path(value).expanduser().is_file():
@@ -121,7 +125,7 @@ class Evaluation:
             engine: Engine = (
                 local.engine(sampled)
                 if local is not None
-                else remote_engine(self.config.engine, self.config.model, sampled)
+                else remote_engine(self.config.engine, self.config.model, sampled, self.config.tsdi)
             )
             engines.append(engine if self.cache is None else CachedEngine(engine, self.cache))
         return engines

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import Exchange
 from equipoise.eval.config import EngineConfig, ModelChoice
 from equipoise.eval.fingerprint import file_fingerprint, model_fingerprint
-from equipoise.eval.generation.requests import Engine, Progress, Reply, Request
+from equipoise.eval.generation.requests import Engine, EngineError, Progress, Reply, Request
 from equipoise.eval.generation.settings import GenerationSettings
 from equipoise.eval.models import Notify, load_model, load_tokenizer, native_dtype, resolve_model
 
@@ -145,16 +145,50 @@ class LocalScorer:
         )
 
 
-def remote_engine(config: EngineConfig, choice: ModelChoice, settings: GenerationSettings) -> Engine:
-    """An engine whose model is not ours to load: a server's, or vLLM's.
+def remote_engine(
+    config: EngineConfig, choice: ModelChoice, settings: GenerationSettings, token_bias: str | None = None
+) -> Engine:
+    """An engine that has its model to itself: a server, or vLLM, which loads it when it is first asked.
 
-    Raises EngineError where it cannot work as it is configured.
+    Raises EquipoiseError where it cannot work as it is configured.
     """
-    from equipoise.eval.generation.server_engine import ServerEngine, ServerSettings
+    if config.name == "server":
+        from equipoise.eval.generation.server_engine import ServerEngine, ServerSettings
 
-    assert config.url is not None, "checked with the configuration"
-    server = ServerSettings(config.url, config.key_env, config.concurrency, config.timeout, config.deadline)
-    return ServerEngine(choice.id, server, settings)
+        assert config.url is not None, "checked with the configuration"
+        server = ServerSettings(
+            config.url, config.key_env, config.concurrency, config.timeout, config.deadline
+        )
+        return ServerEngine(choice.id, server, settings)
+    try:
+        vllm = version("vllm")
+    except PackageNotFoundError as error:
+        raise EngineError(
+            "engine=vllm: vLLM is not installed; pip install vllm, or serve the model and use engine=server."
+        ) from error
+    resolved = resolve_model(choice.id, choice.revision)
+    bias = None if token_bias is None else token_bias_file(token_bias)
+    options = {
+        "dtype": "bfloat16" if choice.dtype == "native" else choice.dtype,
+        "trust_remote_code": choice.trust_remote_code,
+        **({} if choice.revision is None else {"revision": choice.revision}),
+        **config.options,
+    }
+    description = {
+        "engine": "vllm",
+        "vllm": vllm,
+        "weights": model_fingerprint(resolved, choice.revision),
+        "options": options,
+        "tsdi": None if bias is None else file_fingerprint(bias),
+        "settings": asdict(settings),
+    }
+
+    def make() -> Engine:
+        from equipoise.eval.generation.vllm_engine import VLLMEngine
+
+        return VLLMEngine(resolved, settings, options, bias)
+
+    return LazyEngine(description, make)
 
 
 def judge_engine(
