@@ -27,7 +27,7 @@ from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.requests import Progress
 from equipoise.eval.judges.base import JudgeCard, JudgeError, Judgement, Verdict
 from equipoise.eval.judges.neutralise import neutralise
-from equipoise.eval.judges.reading import no_finding
+from equipoise.eval.judges.reading import alternating, no_finding
 from equipoise.eval.models import Dtype
 from equipoise.eval.scorer import Scorer, cut_behind_end, load_scorer, load_scorer_tokenizer, score_rows
 from equipoise.eval.scorer_card import check_kind, read_card
@@ -84,11 +84,10 @@ class ExchangeScorer:
             f"ASSISTANT:{turn['content']}{end}"
             if turn["role"] == "assistant"
             else f"USER: {turn['content']} "
-            for turn in turns
+            for turn in alternating(turns[:-1], turns[-1]["content"])
         )
         ids: list[int] = self.tokenizer(text)["input_ids"]
-        # Some tokenizers end every text themselves.
-        return cut_behind_end(ids, {self.tokenizer.eos_token_id})
+        return ids
 
     def scores(
         self,

@@ -24,7 +24,7 @@ from equipoise.eval.judges.answers import read_behind_thinking
 from equipoise.eval.judges.base import JudgeError, Judgement, Verdict
 from equipoise.eval.judges.form import JudgeForm
 from equipoise.eval.judges.reading import alternating, no_finding, read_answer, verdict_probability
-from equipoise.eval.judges.wording import Wording, load_wording
+from equipoise.eval.judges.wording import OWN_WORDING, Wording, load_wording
 
 VERSIONS = ("3.0", "3.1", "3.2", "3.3", "4.1")
 
@@ -76,9 +76,10 @@ class GraniteGuardian(JudgeForm):
                 f"judge.version={self.version}: Granite Guardian comes as {', '.join(VERSIONS)}."
             )
         unknown = [criterion for criterion in self.criteria if criterion not in CRITERIA]
-        if unknown or not self.criteria:
+        if unknown or not self.criteria or len(set(self.criteria)) < len(self.criteria):
+            found = ", ".join(unknown or self.criteria) or "none"
             raise JudgeError(
-                f"judge.criteria: found {', '.join(unknown) or 'none'}; expected some of {', '.join(CRITERIA)}."
+                f"judge.criteria: found {found}; expected some of {', '.join(CRITERIA)}, each once."
             )
         if self.think and not self._scores:
             raise JudgeError(f"judge.think: Granite Guardian {self.version} cannot think; 3.3 and 4.1 can.")
@@ -96,7 +97,9 @@ class GraniteGuardian(JudgeForm):
     @property
     def description(self) -> str:
         """For the card."""
-        origin = self.wording.origin if self.version == "4.1" else "of its chat template"
+        origin = "of its chat template"
+        if self.version == "4.1":
+            origin = f"{self.wording.origin}; criteria: {OWN_WORDING}"
         return f"Granite Guardian {self.version} (IBM, arXiv:2412.07724); prompt: {origin}"
 
     def ask(self, prompt: Sequence[Turn], response: str) -> list[Request]:

@@ -45,17 +45,17 @@ def published(tmp_path: Path, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreT
     return tmp_path / "cost"
 
 
-def with_costs(*costs: float, context: int = 512) -> BeaverJudge:
+def with_costs(*costs: float | None) -> BeaverJudge:
     """A judge whose cost model says `costs`, in the order of the rows that it is given."""
 
     class Fixed(ExchangeScorer):
         kind = "cost"
 
         def __init__(self) -> None:
-            self.context = context
+            self.context = 512
 
         def scores(self, *_: object, **__: object) -> list[float | None]:
-            return [None if cost == math.pi else cost for cost in costs]
+            return list(costs)
 
     return BeaverJudge(Fixed())
 
@@ -75,10 +75,10 @@ def test_a_cost_above_zero_is_unsafe_and_its_sigmoid_the_probability() -> None:
         (math.nan, Verdict.FAILED),
         (math.inf, Verdict.FAILED),
         (-math.inf, Verdict.FAILED),
-        (math.pi, Verdict.OVERLONG),  # None: see `with_costs`
+        (None, Verdict.OVERLONG),
     ],
 )
-def test_what_is_no_number_is_no_finding(cost: float, verdict: Verdict) -> None:
+def test_what_is_no_number_is_no_finding(cost: float | None, verdict: Verdict) -> None:
     (judgement,) = with_costs(cost).judge([PROMPT], ["x"])
     assert (judgement.verdict, judgement.p_unsafe) == (verdict, None)
 
@@ -88,10 +88,16 @@ def test_a_published_model_reads_its_own_format_and_the_end_token(
 ) -> None:
     judge = BeaverJudge.load(published, "float32")
     scorer = judge.scorer
-    turns = [*PROMPT, {"role": "assistant", "content": "Why?"}, {"role": "user", "content": "So."}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *PROMPT,
+        {"role": "assistant", "content": "Why?"},
+        {"role": "user", "content": "So."},
+    ]
     ids = scorer.encode(turns, "A salt.")
     assert scorer.tokenizer.decode(ids) == (
-        "BEGINNING OF CONVERSATION: USER: What is nitre? ASSISTANT:Why?<|im_end|>USER: So. ASSISTANT:A salt.<|im_end|>"
+        "BEGINNING OF CONVERSATION: USER: Be brief.\n\nWhat is nitre? ASSISTANT:Why?<|im_end|>"
+        "USER: So. ASSISTANT:A salt.<|im_end|>"
     )
     assert ids[-1] == END
     assert ids.count(END) == 2

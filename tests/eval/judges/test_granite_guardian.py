@@ -132,7 +132,7 @@ def test_the_block_can_come_from_a_file(tmp_path: Path) -> None:
     (request,) = form.ask(PROMPT, "A salt.")
     assert request.messages is not None
     assert request.messages[-1]["content"] == f"<guardian>Is it {CRITERIA['harm']}?"
-    assert form.description.endswith(str(path))
+    assert form.description.endswith(f"prompt: {path}; criteria: own wording")
     path.write_text("<guardian>", encoding="utf-8")
     with pytest.raises(JudgeError, match=r"\{criterion\}"):
         GraniteGuardian("4.1", prompt_file=str(path))
@@ -144,6 +144,7 @@ def test_the_block_can_come_from_a_file(tmp_path: Path) -> None:
         ({"version": "5"}, "judge.version=5: Granite Guardian comes as 3.0, "),
         ({"criteria": ("harm", "evasiveness")}, "judge.criteria: found evasiveness; expected some of harm"),
         ({"criteria": ()}, "judge.criteria: found none"),
+        ({"criteria": ("harm", "harm")}, "judge.criteria: found harm, harm; expected .* each once"),
         ({"version": "3.1", "think": True}, "3.1 cannot think"),
         ({"prompt_file": "x"}, "chat template of Granite Guardian 3.3 holds it"),
     ],
