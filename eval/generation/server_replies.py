@@ -108,14 +108,24 @@ def _text(content: Any) -> str | None:
 
 
 def _choice_logprobs(logprobs: Any, request: Request) -> dict[str, float]:
-    """`Request.choices` found among the most probable first tokens; one that is not among them is absent."""
+    """`Request.choices` among the most probable tokens of the first position that is not white space.
+
+    A choice that is not among them is absent; so are all where nothing but white space was said.
+    """
     if not request.choices or not logprobs:
         return {}
     if request.messages is None:
-        first = (logprobs.get("top_logprobs") or [{}])[0]
+        positions = logprobs.get("top_logprobs") or []
+        tokens = logprobs.get("tokens") or ["?"] * len(positions)
     else:
-        content = logprobs.get("content") or [{}]
-        first = {entry["token"]: entry["logprob"] for entry in reversed(content[0].get("top_logprobs") or [])}
+        content = logprobs.get("content") or []
+        positions = [
+            {entry["token"]: entry["logprob"] for entry in reversed(position.get("top_logprobs") or [])}
+            for position in content
+        ]
+        tokens = [position.get("token", "?") for position in content]
+    said = (top for token, top in zip(tokens, positions, strict=True) if token.strip())
+    first = next(said, {}) or {}
     found = {}
     for choice in request.choices:
         logprob = first_token_logprob(choice, first)

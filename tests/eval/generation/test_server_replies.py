@@ -70,6 +70,28 @@ def test_a_text_completion() -> None:
     assert reply.choice_logprobs == {"safe": -0.1}
 
 
+def test_choices_are_read_behind_white_space() -> None:
+    top = [{"token": "unsafe", "logprob": -0.25}, {"token": "safe", "logprob": -1.5}]
+    blank = {
+        "token": "\n\n",
+        "top_logprobs": [{"token": "\n\n", "logprob": 0.0}, {"token": "safe", "logprob": -9.0}],
+    }
+    reply = reply_of(
+        answered(
+            {"content": "\n\nunsafe"}, logprobs={"content": [blank, {"token": "unsafe", "top_logprobs": top}]}
+        ),
+        CHAT,
+    )
+    assert reply.choice_logprobs == {"safe": -1.5, "unsafe": -0.25}
+    assert reply_of(answered({"content": "\n"}, logprobs={"content": [blank]}), CHAT).choice_logprobs == {}
+    choice = {
+        "text": "\n safe",
+        "finish_reason": "stop",
+        "logprobs": {"tokens": ["\n", " safe"], "top_logprobs": [{"\n": 0.0, "safe": -9.0}, {" safe": -0.1}]},
+    }
+    assert reply_of({"choices": [choice]}, TEXT).choice_logprobs == {"safe": -0.1}
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_is_kept_apart_and_has_no_first_position_of_an_answer(name: str) -> None:
     logprobs = {"content": [{"top_logprobs": [{"token": "safe", "logprob": -0.1}]}]}
