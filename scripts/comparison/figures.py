@@ -114,17 +114,37 @@ def p_value(replicates: Array) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (num + 1))
 
 
-def compare(
+@dataclass(frozen=True)
+class Bootstrap:
+    """The figures of every method, estimated and in every replicate, all on the same draws."""
+
+    estimates: Mapping[str, Mapping[str, float]]
+    """Method -> figure -> estimate."""
+    replicates: Mapping[str, Mapping[str, Array]]
+    """Method -> figure -> (R,)."""
+    methods: Mapping[str, Any]
+    """Method -> its figures with their intervals, and the rate of every category."""
+    sizes: Mapping[str, int]
+    """Figure -> prompts that it rests on."""
+    categories: Sequence[str]
+    """Those that can be worst or best."""
+    small_categories: Mapping[str, int]
+    """Those with too few prompts for that, with their number."""
+    num_prompts: Mapping[str, int]
+    """Suite -> prompts."""
+
+
+def bootstrap(
     reports: Mapping[str, Sequence[CategoryReport]],
     min_prompts: int,
     num_replicates: int = NUM_REPLICATES,
     seed: int = 0,
-) -> dict[str, Any]:
-    """The figures of every method, and their differences to plain DPO, paired by prompt and seed.
+) -> Bootstrap:
+    """Draw prompts and seeds anew, the same ones for every method.
 
     reports: method -> one report a seed, in the same order of seeds for all; the base has one. Categories with fewer
-    than `min_prompts` prompts count in the means alone. p-values are adjusted by Holm over the methods, figure by
-    figure. Raises EquipoiseError where reports differ in prompts, judge or settings.
+    than `min_prompts` prompts count in the means alone. Raises EquipoiseError where reports differ in prompts, judge or
+    settings.
     """
     _check_alike(reports)
     first = reports[BASE][0]
@@ -151,15 +171,39 @@ def compare(
         methods[name] = _described(
             reports[name], of, estimates[name], replicates[name], eligible, draws[0], sizes
         )
+    return Bootstrap(
+        estimates=estimates,
+        replicates=replicates,
+        methods=methods,
+        sizes=sizes,
+        categories=categories,
+        small_categories={c: len(first.unsafe_outcomes(c)) for c in first.categories if c not in categories},
+        num_prompts=dict(
+            zip(("harmful", "lookalike", "helpful"), (len(s.category) for s in suites[BASE]), strict=True)
+        ),
+    )
+
+
+def compare(
+    reports: Mapping[str, Sequence[CategoryReport]],
+    min_prompts: int,
+    num_replicates: int = NUM_REPLICATES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The figures of every method, and their differences to plain DPO, paired by prompt and seed.
+
+    Arguments and errors as of `bootstrap`. p-values are adjusted by Holm over the methods, figure by figure.
+    """
+    drawn = bootstrap(reports, min_prompts, num_replicates, seed)
     others = [name for name in reports if name not in (BASE, BASELINE)]
     differences: dict[str, dict[str, Any]] = {name: {} for name in others}
     for figure in FIGURES:
         for name in others:
-            change = replicates[name][figure] - replicates[BASELINE][figure]
-            difference = estimates[name][figure] - estimates[BASELINE][figure]
+            change = drawn.replicates[name][figure] - drawn.replicates[BASELINE][figure]
+            difference = drawn.estimates[name][figure] - drawn.estimates[BASELINE][figure]
             low, high = interval(difference, change, basic=False, bounds=(-np.inf, np.inf))
             if figure != "helpfulness":
-                floor = tango_interval(0, 0, sizes[figure])
+                floor = tango_interval(0, 0, drawn.sizes[figure])
                 low, high = min(low, difference + floor[0]), max(high, difference + floor[1])
             differences[name][figure] = {
                 "difference": difference,
@@ -171,15 +215,11 @@ def compare(
         for name, p in zip(others, adjusted, strict=True):
             differences[name][figure]["p_adjusted"] = p
     return {
-        "methods": methods,
+        "methods": dict(drawn.methods),
         "differences": differences,
-        "categories": categories,
-        "small_categories": {
-            c: len(first.unsafe_outcomes(c)) for c in first.categories if c not in categories
-        },
-        "num_prompts": dict(
-            zip(("harmful", "lookalike", "helpful"), (len(s.category) for s in suites[BASE]), strict=True)
-        ),
+        "categories": list(drawn.categories),
+        "small_categories": dict(drawn.small_categories),
+        "num_prompts": dict(drawn.num_prompts),
         "num_replicates": num_replicates,
     }
 

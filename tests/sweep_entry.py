@@ -1,0 +1,50 @@
+"""train.py as the sweep's tests start it: made-up data and a judge by a rule instead of the shipped ones.
+
+`python sweep_entry.py TRAIN_PY ARGUMENTS...`, as `--launch 'python sweep_entry.py'` has it.
+"""
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from equipoise.train import cli
+from equipoise.train import run as run_module
+
+
+def _conftest() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "training_conftest", Path(__file__).with_name("train") / "conftest.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(arguments: list[str]) -> int:
+    """Run; `FAIL_ON` names an argument of points that crash, `SLOW_STEP` seconds that each optimizer step takes."""
+    if os.environ.get("FAIL_ON") in arguments:
+        raise RuntimeError("a point that was told to fail")
+    conftest = _conftest()
+    judge = conftest.FakeJudge(lambda prompt, response: len(response) % 2 == 0)
+    run_module.load_data = lambda *_: conftest._data()
+    run_module.load_judge = lambda *_, **__: judge
+    if seconds := float(os.environ.get("SLOW_STEP", "0")):
+        from equipoise.train.training import ProgressCallback
+
+        def slow(self: object, args: object, state: object, control: object, **kwargs: object) -> None:
+            time.sleep(seconds)
+
+        ProgressCallback.on_step_begin = slow
+    code = cli.main(arguments)
+    print(f"judged {judge.num_judged} answers")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
