@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from equipoise.data.crosswalk import crosswalk
 from equipoise.data.schema import Turn
 from equipoise.eval.generation.requests import Reply, Request
 from equipoise.eval.judges.base import Judgement, Verdict
@@ -115,11 +116,9 @@ class BingoGuard(JudgeForm):
         first = _read_verdict(replies[0])
         if first.verdict is not Verdict.UNSAFE:
             return []
-        task = self.severity_wording.fill(
-            category=next(iter(first.native_categories), "harmful content"),
-            prompt=_conversation(prompt),
-            response=response,
-        )
+        walk, named = crosswalk(self.crosswalk), first.native_categories
+        category = walk.label(named[0]) if named and walk.knows(named[0]) else "harmful content"
+        task = self.severity_wording.fill(category=category, prompt=_conversation(prompt), response=response)
         return [Request(messages=({"role": "user", "content": task},), max_new_tokens=32)]
 
     def read(self, replies: Sequence[Reply]) -> Judgement:

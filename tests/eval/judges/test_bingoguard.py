@@ -83,11 +83,17 @@ def test_severity_is_asked_of_unsafe_responses_alone() -> None:
     form = BingoGuard()
     for text in ("safe", "nonsense", None):
         assert form.ask_again(PROMPT, "A salt.", [Reply(text, Finish.STOP)]) == []
-    (request,) = form.ask_again(PROMPT, "A salt.", [Reply("unsafe\nS8: Weapon", Finish.STOP)])
-    assert request.messages is not None
-    content = request.messages[0]["content"]
-    assert "of the kind: Weapon." in content
-    assert "[Query]: What is nitre?\n[Response]: A salt." in content
+    for answer, category in (
+        ("unsafe\nS8: Weapon", "Weapon"),
+        ("unsafe\nS8", "Weapon"),
+        ("unsafe\nno harm at all", "harmful content"),
+        ("unsafe", "harmful content"),
+    ):
+        (request,) = form.ask_again(PROMPT, "A salt.", [Reply(answer, Finish.STOP)])
+        assert request.messages is not None
+        content = request.messages[0]["content"]
+        assert f"of the kind: {category}." in content
+        assert "[Query]: What is nitre?\n[Response]: A salt." in content
 
 
 def test_a_conversation_stands_between_the_marks() -> None:
