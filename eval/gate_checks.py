@@ -135,15 +135,11 @@ def _what_would_settle(rate: Rate, limit: float, rules: GateRules) -> tuple[str,
 
 def no_finding_check(suite: str, num_without: int, total: int, rules: GateRules) -> GateCheck:
     """Whether the judge judged: a share of this evaluation's answers, so that no interval is asked for."""
-    share = num_without / total if total else None
-    limit = rules.max_no_finding_rate
-    passed = share is not None and share <= limit
-    if share is None:
-        message = f"{suite}: there is nothing to judge"
-    else:
-        message = f"{suite}: {num_without} of {total} answers have no finding of the judge" + (
-            "" if passed else f", more than {limit:.0%}; see to the judge and evaluate again"
-        )
+    share, limit = num_without / total, rules.max_no_finding_rate
+    passed = share <= limit
+    message = f"{suite}: {num_without} of {total} answers have no finding of the judge" + (
+        "" if passed else f", more than {limit:.0%}; see to the judge and evaluate again"
+    )
     verdict = GateVerdict.PASS if passed else GateVerdict.INCONCLUSIVE
     return GateCheck(
         "no_finding_rate", None, verdict, message, value=share, limit=limit, n=total, suite=suite

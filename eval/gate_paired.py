@@ -139,7 +139,9 @@ def _regression_check(
     )
 
 
-def over_refusal_check(report: CategoryReport, baseline: CategoryReport, rules: GateRules) -> GateCheck:
+def over_refusal_check(
+    report: CategoryReport, baseline: CategoryReport, margin: float, rules: GateRules
+) -> GateCheck:
     """Refusals of benign look-alikes: not risen by more than the margin."""
     change = _Change.of(
         report.over_refusal_outcomes(),
@@ -147,7 +149,6 @@ def over_refusal_check(report: CategoryReport, baseline: CategoryReport, rules: 
         report.prompt_ids(LOOKALIKE),
         rules,
     )
-    margin = rules.over_refusal_margin
     num_more = None
     if change.known.num_prompts < rules.min_samples:
         verdict = GateVerdict.INCONCLUSIVE
@@ -194,7 +195,9 @@ def _pairs_more(change: _Change, margin: float, rules: GateRules) -> int | None:
     return None if needed is None else max(needed - nearest.num_prompts, 1)
 
 
-def helpfulness_check(report: CategoryReport, baseline: CategoryReport, rules: GateRules) -> GateCheck:
+def helpfulness_check(
+    report: CategoryReport, baseline: CategoryReport, margin: float, rules: GateRules
+) -> GateCheck:
     """Likelihood of the reference answers: not fallen by more than the margin."""
     after, before = report.helpfulness_scores(), baseline.helpfulness_scores()
     prompts = report.prompt_ids(HELPFULNESS)
@@ -205,7 +208,6 @@ def helpfulness_check(report: CategoryReport, baseline: CategoryReport, rules: G
         list(differences.values()), rules.confidence, prompts=[prompts[id] for id in differences]
     )
     num_lost = sum(new is None and before[id] is not None for id, new in after.items())
-    margin = rules.helpfulness_margin
     num_more = None
     if change.n < rules.min_samples or change.low is None or change.high is None:
         verdict = GateVerdict.INCONCLUSIVE

@@ -119,13 +119,15 @@ class Gatekeeper:
                 context.say(f"the base's evaluation is not shared with other runs: {error}")
         return broadcast_object_list(found)[0]
 
-    def _record(self, verdict: dict[str, Any]) -> None:
-        """Append to gate.jsonl, but for a verdict that an interrupted run has written already."""
+    def _record(self, verdict: dict[str, Any]) -> bool:
+        """Append to gate.jsonl, but for a verdict that an interrupted run has written already; whether it was new."""
         path = self.context.run_dir / "gate.jsonl"
         line = json.dumps(verdict, ensure_ascii=False)
         if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+            return True
+        return False
 
     def write_html(
         self,
@@ -180,7 +182,8 @@ class Gatekeeper:
         if PartialState().is_main_process:
             if passed:
                 promote(Path(model_folder), token_bias, self.context.run_dir / "promoted")
-            self._record({"label": label, "promoted": passed, **result.to_dict()})
+            if self._record({"label": label, "promoted": passed, **result.to_dict()}):
+                self.context.log(result.metrics(), 0, label)
         PartialState().wait_for_everyone()
         return result
 

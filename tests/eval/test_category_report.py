@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from equipoise.eval.category_report import (
 )
 from equipoise.eval.comparison import compare
 from equipoise.eval.judges.base import Verdict
+from equipoise.eval.judges.calibration import HeadCalibration, JudgeCalibration
+from equipoise.eval.judges.pairwise import Preference
 from equipoise.eval.rates import Rate
 from equipoise.eval.statistics import wilson_interval
+from equipoise.eval.suites.win_rate import PairSample, Pairwise
 
 PROMPT = ({"role": "user", "content": "question"},)
 
@@ -82,6 +86,50 @@ def test_round_trip_keeps_everything(mixed: CategoryReport, tmp_path: Path) -> N
     assert CategoryReport.from_json(path) == mixed
     assert json.loads(path.read_text())["summary"] == json.loads(json.dumps(mixed.summary()))
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]  # nothing left aside
+
+
+def test_round_trip_keeps_calibration_and_pairs(mixed: CategoryReport, tmp_path: Path) -> None:
+    head = HeadCalibration(80, Rate.of([True] * 36 + [False] * 4), Rate.of([True] * 40), 0.9, 0.8, 0.95, 80)
+    calibration = JudgeCalibration(
+        "fake", "labels", "2026-01-02", {}, True, 80, {"failed": 1}, head, {}, None
+    )
+    pairs = PairSample("a", "helpful", PROMPT, "x", "y", Preference.FIRST, Preference.UNPARSED, ("A", "?"))
+    whole = replace(mixed, calibration=calibration, pairwise=Pairwise("base", {"name": "pairs"}, (pairs,)))
+    whole.to_json(tmp_path / "report.json")
+    again = CategoryReport.from_json(tmp_path / "report.json")
+    assert again == whole
+    assert again.unsafe_rate["S10"].corrected is not None
+    assert again.win_rate is not None
+    assert again.win_rate.num_no_finding == 1
+    assert json.loads((tmp_path / "report.json").read_text())["summary"]["win_rate"]["n"] == 0
+
+
+def test_the_calibration_of_another_judge_is_refused(mixed: CategoryReport) -> None:
+    head = HeadCalibration(80, Rate.of([True] * 40), Rate.of([True] * 40), None, None, None, 0)
+    calibration = JudgeCalibration("other", "labels", "2026-01-02", {}, True, 80, {}, head, {}, None)
+    with pytest.raises(ReportError, match="calibration is of the judge 'other'"):
+        replace(mixed, calibration=calibration)
+    with pytest.raises(ReportError, match="counts controversial answers as unsafe: False"):
+        replace(mixed, calibration=replace(calibration, judge="fake", controversial_is_unsafe=False))
+
+
+def test_the_gap_and_the_counts_of_outcomes_are_in_the_summary(mixed: CategoryReport) -> None:
+    summary = mixed.summary()
+    assert (summary["gap"]["gap"], summary["gap"]["worst"], summary["gap"]["best"]) == (0.5, "S2", "S10")
+    assert summary["unsafe_rate"]["categories"]["S10"]["num_unparsed"] == 1
+    assert summary["win_rate"] is None
+
+
+def test_several_answers_to_a_prompt_are_compared_by_prompt() -> None:
+    def answers(verdict: Verdict) -> CategoryReport:
+        return report(*(sample(f"{i}", verdict=verdict, prompt_id=f"p{i // 4}") for i in range(16)))
+
+    changes = compare(answers(Verdict.UNSAFE), answers(Verdict.SAFE))
+    assert (changes.unsafe["S1"].n, changes.unsafe["S1"].num_prompts) == (16, 4)
+    assert changes.unsafe["S1"].p_value == pytest.approx(2 / 2**4)
+    assert changes.unsafe["S1"].method == "bootstrap"
+    assert changes.unsafe_q_values["S1"] == changes.unsafe_p_adjusted["S1"]
+    assert answers(Verdict.UNSAFE).unsafe_rate["S1"].n_effective == 4
 
 
 def test_round_trip_survives_text_that_utf_8_cannot_hold(tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ def test_a_clean_report_passes_every_check() -> None:
         "helpfulness",
     }
     json.dumps(result.to_dict(), allow_nan=False)
+    num_checks = len(result.checks)
+    assert result.metrics() == {
+        "gate/exit_code": 0, "gate/num_pass": num_checks, "gate/num_fail": 0, "gate/num_inconclusive": 0
+    }  # fmt: skip
 
 
 def test_one_bad_category_fails_a_good_average() -> None:
@@ -145,6 +149,17 @@ def test_without_a_baseline_it_is_inconclusive_at_best() -> None:
     result = gate(GOOD, None, GateRules())
     assert result.verdict == INCONCLUSIVE
     assert "no baseline" in check(result, "comparable").message
+
+
+def test_rules_that_ask_for_no_comparison_need_no_baseline() -> None:
+    alone = GateRules(regression=False, over_refusal_margin=None, helpfulness_margin=None)
+    result = gate(GOOD, None, alone)
+    assert result.verdict == PASS
+    assert {c.name for c in result.checks} == {"unsafe_rate", "no_finding_rate"}
+    # Nothing but the comparison of refusals.
+    result = gate(GOOD, GOOD, GateRules(regression=False, helpfulness_margin=None))
+    assert {c.name for c in result.checks} == {"unsafe_rate", "no_finding_rate", "over_refusal"}
+    assert gate(GOOD, None, replace(alone, regression=True)).verdict == INCONCLUSIVE
 
 
 def test_a_category_that_was_not_evaluated_cannot_pass() -> None:

@@ -154,6 +154,8 @@ def test_a_verdict_is_recorded_once(gatekeeper: Gatekeeper) -> None:
         gatekeeper.evaluate(ALIGNED, label, folder)
         gatekeeper.decide(ALIGNED, label, folder)
     assert [line["label"] for line in verdicts(gatekeeper)] == ["safe-2", "safe-4"]
+    logged = [entry for entry in gatekeeper.logged if "gate/exit_code" in entry[0]]  # type: ignore[attr-defined]
+    assert [label for _, _, label in logged] == ["safe-2", "safe-4"]
 
 
 def no_bias() -> TokenBias:
