@@ -48,9 +48,9 @@ class VLLMEngine:
             import vllm
         except ImportError as error:
             raise EngineError(
-                f"engine=vllm needs the extra vllm ({error}): pip install 'equipoise[vllm]', or, in an environment whose "
-                "torch is vLLM's own, pip install vllm and then pip install --no-deps equipoise. Or serve the model with "
-                "`vllm serve` and ask it with engine=server."
+                f"engine=vllm needs the extra vllm ({error}): pip install 'equipoise[vllm]', or, in an environment "
+                "whose torch is vLLM's own, pip install vllm and then pip install --no-deps equipoise. Or serve the "
+                "model with `vllm serve` and ask it with engine=server."
             ) from error
         self.model, self.settings, self.options = model, settings, dict(options or {})
         self.token_bias = None if token_bias is None else Path(token_bias)
