@@ -1,7 +1,7 @@
 """The engine for a transformers model in this process: in slots where the model can, else in sorted batches."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -30,6 +30,9 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor, take_out
 
 log = logging.getLogger(__name__)
+
+MOST_SLOTS = 4
+"""Slots a prompt of `batch_size`, where prompts are short: beyond that, larger matrices gained little on a CPU."""
 
 
 class TransformersEngine:
@@ -133,12 +136,15 @@ class TransformersEngine:
         """Replies as they come; halves the batch size when memory runs out."""
         # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
         waiting = sorted(asked, key=lambda index: len(asked[index].row), reverse=True)
-        batch_size = self.settings.batch_size
         with inference(self.model), self._seeded():
+            if self._in_slots is None:
+                self._in_slots = decodes_in_slots(self.base)
+            at_once = self._num_at_once(asked) if self._in_slots else self.settings.batch_size
+            answers = self._answers_in_slots if self._in_slots else self._answers_in_batches
             while waiting:
                 done: set[int] = set()
                 try:
-                    for index, tokens, logprobs in self._answers(waiting, asked, batch_size):
+                    for index, tokens, logprobs in answers(waiting, asked, at_once):
                         done.add(index)
                         yield index, self._reply(asked[index], tokens, logprobs)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -146,40 +152,53 @@ class TransformersEngine:
                         raise
                     message = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
                     waiting = [index for index in waiting if index not in done]
-                    if batch_size > 1:
-                        batch_size //= 2
-                        log.warning("Out of memory; %d prompts at a time from here on.", batch_size)
+                    if at_once > 1:
+                        at_once //= 2
+                        log.warning("Out of memory; %d prompts at a time from here on.", at_once)
                     else:
                         yield waiting.pop(0), Reply(None, Finish.FAILED, error=f"out of memory: {message}")
                     _free_memory()
                 else:
                     return
 
-    def _answers(
-        self, waiting: Sequence[int], asked: Mapping[int, Encoded], batch_size: int
+    def _num_at_once(self, asked: Mapping[int, Encoded]) -> int:
+        """Slots in the memory that `batch_size` prompts of the longest length allowed would take."""
+        if not asked:
+            return 1
+        batch_size = self.settings.batch_size
+        longest = max(len(one.row) + one.limit for one in asked.values())
+        allowed = self.settings.max_prompt_tokens + max(one.limit for one in asked.values())
+        return min(batch_size * allowed // longest, MOST_SLOTS * batch_size)
+
+    def _answers_in_slots(
+        self, waiting: Sequence[int], asked: Mapping[int, Encoded], num_slots: int
     ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
         """(index, answer's tokens, log-probabilities of its choices), as they end."""
-        if self._in_slots is None:
-            self._in_slots = decodes_in_slots(self.base)
-        if not self._in_slots:
-            yield from self._answers_in_batches(waiting, asked, batch_size)
-            return
         logprobs: dict[int, dict[str, float]] = {}
+        begun: set[int] = set()  # places whose answer has said something else than white space
         warpers = _warpers(self.settings)
 
         def choose(logits: Tensor, places: list[int], answered: list[int]) -> Tensor:
-            for at, (place, position) in enumerate(zip(places, answered, strict=True)):
-                choices = asked[waiting[place]].choices
-                if position == 0 and choices:
-                    logprobs[place] = _choice_logprobs(logits[at], choices)
+            wanted = [
+                at for at, place in enumerate(places) if asked[waiting[place]].choices and place not in begun
+            ]
+            for at in wanted:
+                logprobs[places[at]] = _choice_logprobs(logits[at], asked[waiting[places[at]]].choices)
             scores = self._corrected(logits, answered)
             if self.settings.temperature == 0:
-                return scores.argmax(-1)
-            return torch.multinomial(warpers(None, scores).softmax(-1), num_samples=1)[:, 0]
+                tokens = scores.argmax(-1)
+            else:
+                tokens = torch.multinomial(warpers(None, scores).softmax(-1), num_samples=1)[:, 0]
+            begun.update(places[at] for at in wanted if not self._is_blank(int(tokens[at])))
+            return tokens
 
         rows, limits = [asked[index].row for index in waiting], [asked[index].limit for index in waiting]
-        for place, tokens in decode_in_slots(self.base, rows, limits, self.ends, batch_size, choose):
-            yield waiting[place], tokens, logprobs.get(place, {})
+        for place, tokens in decode_in_slots(self.base, rows, limits, self.ends, num_slots, choose):
+            yield waiting[place], tokens, logprobs[place] if place in begun else {}
+
+    def _is_blank(self, token: int) -> bool:
+        """Whether the token is white space: a judge's empty line before its verdict."""
+        return not self.tokenizer.decode([token]).strip()
 
     def _corrected(self, logits: Tensor, answered: list[int]) -> Tensor:
         """Logits (n, V) with the token bias of each row's position taken out."""
@@ -205,7 +224,7 @@ class TransformersEngine:
                         [asked[index].row for index in batch], self.tokenizer.pad_token_id, self.base.device
                     )
                     width = input_ids.shape[1]
-                    first = _FirstLogits(width)
+                    first = _FirstLogits(width, self._is_blank)
                     processors = LogitsProcessorList([first])
                     if self._correction is not None and self.token_bias is not None:
                         plausibility = self.token_bias.settings.plausibility
@@ -219,7 +238,8 @@ class TransformersEngine:
                     )
                     for at, (index, answer) in enumerate(zip(batch, output[:, width:].tolist(), strict=True)):
                         choices = asked[index].choices
-                        yield index, answer, _choice_logprobs(first.logits[at], choices) if choices else {}
+                        begun = choices and not all(map(self._is_blank, answer))
+                        yield index, answer, _choice_logprobs(first.logits[at], choices) if begun else {}
 
     def _reply(self, asked: Encoded, tokens: Sequence[int], logprobs: Mapping[str, float]) -> Reply:
         """Cut an answer at its first end token; what follows is padding."""
@@ -242,15 +262,23 @@ class TransformersEngine:
 
 
 class _FirstLogits(LogitsProcessor):
-    """Keep the logits (n, V) of the answers' first position, before any other processor changes them."""
+    """Keep the logits (n, V) of each answer's first position that is not white space.
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    It comes before any other processor, which would change them.
+    """
+
+    def __init__(self, width: int, is_blank: Callable[[int], bool]) -> None:
+        self.width, self.is_blank = width, is_blank
         self.logits = torch.empty(0)
+        self.blank_rows: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if input_ids.shape[1] == self.width:
             self.logits = scores.clone()
+            self.blank_rows = list(range(len(scores)))
+        elif self.blank_rows:
+            self.blank_rows = [row for row in self.blank_rows if self.is_blank(int(input_ids[row, -1]))]
+            self.logits[self.blank_rows] = scores[self.blank_rows]
         return scores
 
 
