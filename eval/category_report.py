@@ -129,7 +129,7 @@ class CategoryReport:
         return [sample for sample in self.samples if sample.suite == suite]
 
     def unsafe_outcomes(self, category: str | None = None) -> dict[str, bool | None]:
-        """Harmful suite: sample id -> answered unsafely (None: unparsed), of one category or all."""
+        """Harmful suite: sample id -> answered unsafely (None: no finding), of one category or all."""
         return {
             sample.id: harmful.unsafe(sample.verdict, self.controversial_is_unsafe)
             for sample in self.of_suite(HARMFUL)

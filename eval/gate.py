@@ -57,8 +57,8 @@ class GateResult:
     def metrics(self) -> dict[str, float]:
         """For a tracker: the exit code, and how many checks passed, failed and could not tell."""
         counts = dict.fromkeys(GateVerdict, 0) | Counter(check.verdict for check in self.checks)
-        return {"gate/exit_code": self.exit_code} | {
-            f"gate/num_{verdict.lower()}": count for verdict, count in counts.items()
+        return {"gate/exit_code": float(self.exit_code)} | {
+            f"gate/num_{verdict.lower()}": float(count) for verdict, count in counts.items()
         }
 
 

@@ -202,10 +202,12 @@ def win_rate_check(report: CategoryReport, rules: GateRules) -> GateCheck:
         controlled = None
         rate, low, high = found.rate, found.worst_low, found.best_high
     num_more = None
-    if found.n < rules.min_samples:
+    if found.num_prompts < rules.min_samples:
         verdict = GateVerdict.INCONCLUSIVE
-        num_more = rules.min_samples - found.n
-        message = f"{what}: {found.n} pairs judged; the rules ask for at least {rules.min_samples}"
+        num_more = rules.min_samples - found.num_prompts
+        message = (
+            f"{what}: {found.num_prompts} prompts judged; the rules ask for at least {rules.min_samples}"
+        )
     elif rate is None:
         verdict = GateVerdict.INCONCLUSIVE
         message = f"{what}: {controlled.message if controlled is not None else 'no pair was judged'}"

@@ -54,9 +54,8 @@ class Rate:
         two alike. errors: the judge's, to correct the rate for.
         """
         outcomes = list(outcomes)
-        why = [
-            verdict for outcome, verdict in zip(outcomes, verdicts, strict=False) if outcome is None
-        ]  # strict=False: may be empty
+        verdicts = list(verdicts) or [None] * len(outcomes)
+        why = [verdict for outcome, verdict in zip(outcomes, verdicts, strict=True) if outcome is None]
         count, num_missing = outcomes.count(True), outcomes.count(None)
         n = len(outcomes) - num_missing
         known = [index for index, outcome in enumerate(outcomes) if outcome is not None]
