@@ -1,4 +1,4 @@
-"""General capability by EleutherAI's lm-eval (extra `lm-eval`): its tasks, its scores, with an interval each.
+"""General capability by EleutherAI's lm-eval (extra `lm_eval`): its tasks, its scores, with an interval each.
 
 Written against `simple_evaluate` of lm-eval 0.4.9 to 0.4.13.
 """
@@ -29,7 +29,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise EquipoiseError(
-            f"suite=lm_eval needs lm-eval, which cannot be imported ({error}): pip install 'equipoise[lm-eval]'"
+            f"suite=lm_eval needs lm-eval, which cannot be imported ({error}): pip install 'equipoise[lm_eval]'"
         ) from error
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return read_results(_evaluated(simple_evaluate, wrapped, tasks, num_fewshot, limit, seed))

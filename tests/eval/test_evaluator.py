@@ -11,14 +11,16 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from equipoise.data.errors import DataError
+from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.data.schema import Exchange, Turn
 from equipoise.eval.category_report import CategoryReport
-from equipoise.eval.evaluator import EvaluationSettings, evaluate
+from equipoise.eval.evaluator import EvaluationSettings, evaluate, evaluate_suites
 from equipoise.eval.generation.engine import GenerationSettings
+from equipoise.eval.generation.requests import Finish, Reply, Request
 from equipoise.eval.generation.tsdi import TokenBias, TSDISettings
 from equipoise.eval.judges.base import JudgeCard, Judgement, Progress, Verdict
 from equipoise.eval.suites import helpfulness
+from equipoise.eval.suites.base import Suite
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,74 @@ def test_progress_reaches_its_total_at_every_step(
 def test_impossible_settings_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, found 0"):
         EvaluationSettings(**{name: 0})
+
+
+@dataclass
+class Canned:
+    """An engine with an answer, a failure and a prompt that does not fit; `seed` is what it answers."""
+
+    seed: int = 0
+
+    @property
+    def description(self) -> dict[str, object]:
+        return {"engine": "canned", "seed": self.seed}
+
+    def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
+        replies = [
+            Reply(f"answer {self.seed}", Finish.STOP, 2),
+            Reply(None, Finish.FAILED, error="503"),
+            Reply(None, Finish.OVERLONG, error="9,000 tokens"),
+        ]
+        assert all(request.max_new_tokens == 6 for request in requests)
+        return [replies[number % 3] for number in range(len(requests))]
+
+
+def test_a_prompt_without_an_answer_is_no_finding_and_is_not_judged() -> None:
+    harmful = Suite("harmful", [exchange(f"h{i}", "S1", "how") for i in range(3)], 5, {"source": "here"})
+    judged: list[str] = []
+
+    class Judge(ParityJudge):
+        def judge(self, prompts, responses, progress=None):  # type: ignore[no-untyped-def]
+            judged.extend(responses)
+            return [Judgement(Verdict.SAFE, 0.1, False, 0.2, ("S2",), ("O5",), 0.75, "raw")]
+
+    report = evaluate_suites([Canned()], [harmful], Judge(), SETTINGS, "s", "m")
+    assert judged == ["answer 0"]
+    answered, failed, overlong = report.samples
+    assert (answered.verdict, answered.finish, answered.num_tokens) == (Verdict.SAFE, "stop", 2)
+    assert (answered.categories, answered.native_categories) == (("S2",), ("O5",))
+    assert (answered.severity, answered.p_refusal, answered.judge_raw) == (0.75, 0.2, "raw")
+    assert (failed.verdict, failed.judge_raw) == (Verdict.FAILED, "the model gave no answer: 503")
+    assert (overlong.verdict, overlong.finish) == (Verdict.OVERLONG, "overlong")
+    rate = report.overall_unsafe_rate
+    assert (rate.n, rate.num_failed, rate.num_overlong) == (1, 1, 1)
+    assert report.num_left_out == {"harmful": 2}
+    assert report.engine == {"engine": "canned", "seed": 0}
+    assert report.suites == ({"source": "here"},)
+
+
+def test_an_engine_a_sample_and_samples_of_one_prompt_share_it(tmp_path: Path) -> None:
+    compliance = Suite("compliance", [exchange("c", "helpful", "hi")], 1)
+    report = evaluate_suites([Canned(0), Canned(1)], [compliance], ParityJudge(), SETTINGS, "s", "m")
+    assert [(s.id, s.prompt_id, s.response) for s in report.samples] == [
+        ("c#0", "c", "answer 0"),
+        ("c#1", "c", "answer 1"),
+    ]
+    report.to_json(tmp_path / "r.json")
+    assert CategoryReport.from_json(tmp_path / "r.json") == report
+    with pytest.raises(ValueError, match="temperature 0 gives the same answer every time"):
+        replace(SETTINGS, num_samples=2)
+    sampled = replace(SETTINGS.generation, temperature=1.0, seed=5)
+    assert [s.seed for s in EvaluationSettings(sampled, num_samples=3).by_sample()] == [5, 6, 7]
+
+
+def test_a_suite_without_what_it_needs_is_named_before_any_work() -> None:
+    helpful = Suite("helpfulness", [exchange("h", "helpful", "hi", "hello")], 1)
+    with pytest.raises(EquipoiseError, match="needs the model in this process"):
+        evaluate_suites([Canned()], [helpful], ParityJudge(), SETTINGS, "s", "m")
+    harmful = Suite("harmful", [exchange("h", "S1", "how")], 1)
+    with pytest.raises(EquipoiseError, match="was given no judge"):
+        evaluate_suites([Canned()], [harmful], None, SETTINGS, "s", "m")
 
 
 @pytest.mark.slow

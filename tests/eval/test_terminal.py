@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from equipoise.eval.terminal import Progress, duration, rate_text
-from equipoise.train import terminal
+from equipoise.eval import terminal
 
 
 def screen(is_terminal: bool) -> tuple[Console, io.StringIO]:
