@@ -79,8 +79,10 @@ class Engine(Protocol):
     an EquipoiseError.
     """
 
-    description: Mapping[str, Any]
-    """Whatever determines its replies besides the request: engine, model, revision, dtype, sampling, seed, TSDI ..."""
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Whatever determines its replies besides the request: engine, model, revision, dtype, sampling, seed, TSDI."""
+        ...
 
     def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
         """Complete every request."""

@@ -125,7 +125,7 @@ def _choice_logprobs(logprobs: Any, request: Request) -> dict[str, float]:
         ]
         tokens = [position.get("token", "?") for position in content]
     said = (top for token, top in zip(tokens, positions, strict=True) if token.strip())
-    first = next(said, {}) or {}
+    first: Mapping[str, float] = next(said, None) or {}
     found = {}
     for choice in request.choices:
         logprob = first_token_logprob(choice, first)

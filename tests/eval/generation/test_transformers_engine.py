@@ -108,7 +108,8 @@ def test_choices_are_read_behind_white_space(
         tiny_tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("\n", "x", "safe")
     )
     bias = torch.zeros(3, 259)
-    bias[0, newline] = bias[1, newline] = bias[2, letter] = -100.0  # what is taken out: two line ends, then a letter
+    for position, token in enumerate((newline, newline, letter)):
+        bias[position, token] = -100.0  # it is taken out, so that the answer begins with these
     told = TokenBias(
         bias, torch.full_like(bias, 1 / 259), TSDISettings(num_positions=3, num_prompts=1, plausibility=0.0)
     )
