@@ -38,8 +38,8 @@ def check(config: CommandConfig) -> None:
         found["engine.name"] = (
             f"found {config.engine.name!r}, but suite={name} needs the model in this process"
         )
-    if config.tsdi is not None and config.engine.name != "transformers":
-        found["tsdi"] = (
+    if config.tsdi is not None and config.engine.name == "server":
+        found["tsdi"] = "a server decodes by itself; give `vllm serve` equipoise's logits processor"
             "TSDI decodes in this process; with vllm serve, use equipoise's logits processor there"
         )
     elif config.tsdi is not None and name == "lm_eval":
