@@ -125,7 +125,8 @@ def _choice_logprobs(logprobs: Any, request: Request) -> dict[str, float]:
         ]
         tokens = [position.get("token", "?") for position in content]
     said = (top for token, top in zip(tokens, positions, strict=True) if token.strip())
-    first: Mapping[str, float] = next(said, None) or {}
+    nothing: Mapping[str, float] = {}
+    first = next(said, nothing) or nothing
     found = {}
     for choice in request.choices:
         logprob = first_token_logprob(choice, first)
