@@ -197,9 +197,9 @@ def json_lines(path: Path) -> Iterator[Line]:
 
 
 def read_records(
-    path: Path, parse: Callable[[Line], Record], lines: Callable[[Path], Iterable[Line]] = json_lines
+    path: Path, parse: Callable[[Line], Record | None], lines: Callable[[Path], Iterable[Line]] = json_lines
 ) -> list[Record]:
-    """One record a line, in the file's order.
+    """One record a line, in the file's order; None from `parse` leaves a line out.
 
     Raises `DataError` with line, field and reason of every problem in the file: what cannot be read, what
     `parse` noted, and an id that occurs twice.

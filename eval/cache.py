@@ -316,9 +316,9 @@ def _through(
         stored = {}
         for index, result in zip(batch, made, strict=True):
             results[keys[index]] = result
-            value = write(result)
-            if value is not None:
-                stored[keys[index]] = value
+            text = write(result)
+            if text is not None:
+                stored[keys[index]] = text
         cache.put(kind, stored)
     return [results[key] for key in keys]
 

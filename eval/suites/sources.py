@@ -276,7 +276,7 @@ def load_suite(
                 "num_published": known.num_prompts,
             }
         if path is not None:
-            exchanges = _from_files(suite, source, reader, path, left_out)
+            exchanges = _from_files(suite, reader, path, left_out)
             facts["path"] = path
         else:
             assert reader.hub is not None, "checked with the configuration"
@@ -318,15 +318,14 @@ def _own(fields: Mapping[str, str] | None) -> dict[str, tuple[str, ...]]:
     return {name: (column,) for name, column in (fields or {}).items()}
 
 
-def _from_files(suite: str, name: str, source: Source, path: str, left_out: Counter[str]) -> list[Exchange]:
+def _from_files(suite: str, source: Source, path: str, left_out: Counter[str]) -> list[Exchange]:
     exchanges: list[Exchange] = []
     for file in find_files(path, FORMATS):
-        exchanges += read_records(
-            file,
-            # read_records leaves out what is None; a row that isn't asked is one.
-            lambda line, stem=file.stem: _exchange(suite, stem, line, source, left_out),  # type: ignore[misc]
-            _lines,
-        )
+
+        def parse(line: Line, stem: str = file.stem) -> Exchange | None:
+            return _exchange(suite, stem, line, source, left_out)
+
+        exchanges += read_records(file, parse, _lines)
     return _unique(exchanges, path)
 
 
@@ -346,13 +345,13 @@ def _from_hub(
 
 def _exchange(suite: str, stem: str, line: Line, source: Source, left_out: Counter[str]) -> Exchange | None:
     """One row as an exchange; None where it is not asked (counted) or has problems (noted in `line`)."""
-    for column, values in source.keep.items():
+    for column, kept in source.keep.items():
         if column not in line.values:
             line.problem(column, "is missing")
-        elif line.values[column] not in values:
-            left_out[f"{column} is not {' or '.join(values)}"] += 1
+        elif line.values[column] not in kept:
+            left_out[f"{column} is not {' or '.join(kept)}"] += 1
             return None
-    values = {
+    values: dict[str, object] = {
         name: next((line.values[column] for column in columns if line.values.get(column) is not None), None)
         for name, columns in source.fields.items()
     }
