@@ -114,7 +114,7 @@ class Cache:
             )
         if not empty and version != FORMAT:
             raise CacheError(
-                f"{self.path} has cache format {version}, expected {FORMAT}; remove it, or give another one (cache=FILE)."
+                f"{self.path} has cache format {version}, expected {FORMAT}; remove it, or give another (cache=FILE)."
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = NORMAL")

@@ -40,8 +40,6 @@ def check(config: CommandConfig) -> None:
         )
     if config.tsdi is not None and config.engine.name == "server":
         found["tsdi"] = "a server decodes by itself; give `vllm serve` equipoise's logits processor"
-            "TSDI decodes in this process; with vllm serve, use equipoise's logits processor there"
-        )
     elif config.tsdi is not None and name == "lm_eval":
         found["tsdi"] = "lm-eval decodes by itself, without TSDI"
     if name not in ("likelihood", "lm_eval"):
