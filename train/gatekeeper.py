@@ -23,6 +23,7 @@ from equipoise.eval.generation.engine import GenerationSettings
 from equipoise.eval.generation.tsdi import TokenBias, TokenShift
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
+from equipoise.eval.report.tables import category_table
 from equipoise.train import base_report
 from equipoise.train.model import default_device, load_policy, merged, save_folder, save_policy
 from equipoise.train.provenance import provenance
@@ -101,6 +102,9 @@ class Gatekeeper:
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
         if new:
             context.log(_metrics(report), 0, label)
+            baseline = self.reports.get(BASE) if state != BASE else None
+            names = find_taxonomy(context.recipe.data.taxonomy).names
+            context.log_table("categories", category_table(report, baseline, names), label)
         if state == BASE:
             self._write_label(state, label)
         return report

@@ -101,6 +101,7 @@ def run(recipe: Recipe) -> int:
                 run_dir=run_dir,
                 base_folder=base_folder,
                 log=tracker.log if tracker is not None else lambda metrics, step, stage: None,
+                log_table=tracker.log_table if tracker is not None else lambda name, table, stage: None,
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from equipoise.data.files import write_aside
+from equipoise.eval.report.tables import Table
 from equipoise.eval.terminal import say
 from equipoise.train.recipe import TrackingConfig
 
@@ -45,6 +46,11 @@ class Tracker:
         self._write({"stage": stage, "step": step, **values})
         if self._wandb is not None:
             self._try(lambda: self._log_wandb(values, step, stage))
+
+    def log_table(self, name: str, table: Table, stage: str) -> None:
+        """Show a table in W&B, where the run is tracked there; `report.json` has what is in it."""
+        if self._wandb is not None:
+            self._try(lambda: self._log_wandb_table(name, table, stage))
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what an interrupted run logged of `stage` behind `step`: it is about to be done again."""
@@ -99,6 +105,12 @@ class Tracker:
         self._wandb.log(
             {f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}}
         )
+
+    def _log_wandb_table(self, name: str, table: Table, stage: str) -> None:
+        import wandb
+
+        rows = [list(row) for row in table.rows]
+        self._wandb.log({f"{stage}/{name}": wandb.Table(columns=list(table.columns), data=rows)})
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

@@ -117,7 +117,8 @@ def helpfulness_plot(content: ReportContent) -> Markup:
     for state, report in content.reports.items():
         mean = report.helpfulness
         if mean.mean is not None and (worst := _worst(content, state)) is not None:
-            ends = (mean.mean, *((mean.low, mean.high) if mean.low is not None else (mean.mean, mean.mean)))
+            known = mean.low is not None and mean.high is not None
+            ends = (mean.mean, mean.low, mean.high) if known else (mean.mean,) * 3
             points[state] = (ends, worst)
     return _scatter(
         content,

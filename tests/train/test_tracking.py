@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from equipoise.eval.report.tables import Table
 from equipoise.train.recipe import TrackingConfig
 from equipoise.train.tracking import Tracker
 
@@ -213,6 +214,20 @@ def test_secrets_do_not_reach_wandb(
     assert fake.run.summary == {"from": "***"}
 
 
+def test_tables_go_to_wandb_alone(tmp_path: Path, fake: SimpleNamespace) -> None:
+    fake.Table = lambda columns, data: (columns, data)
+    table = Table(("category", "rate"), (("S1", 0.2), ("S2", None)))
+    tracker = Tracker(tmp_path / "tsdi" / "seed0", WANDB, {})
+    tracker.log_table("categories", table, "safe-0")
+    assert fake.run.logged == [{"safe-0/categories": (["category", "rate"], [["S1", 0.2], ["S2", None]])}]
+    assert lines(tmp_path / "tsdi" / "seed0") == []
+    tracker.finish(0, {})
+    tracker = Tracker(tmp_path / "local", TrackingConfig(), {})
+    tracker.log_table("categories", table, "safe-0")
+    assert lines(tmp_path / "local") == []
+    tracker.finish(0, {})
+
+
 @pytest.mark.slow
 def test_wandb_itself_offline(tmp_path: Path) -> None:
     """The real package writes an offline run, twice into the same run, without a network."""
@@ -220,6 +235,7 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
     for step in (1, 2):
         tracker = Tracker(run_dir, TrackingConfig(name="wandb"), {"name": "tsdi"})
         tracker.log({"loss": 1.0 / step, "bad": math.nan}, step=step, stage="safe")
+        tracker.log_table("categories", Table(("category", "rate"), (("S1", 0.2), ("S2", None))), "safe-0")
         tracker.finish(0, {"unsafe_rate": {"S1": 0.2}, "bad": math.nan})
     id = (run_dir / "wandb_id.txt").read_text().strip()
     assert len(list(run_dir.glob(f"wandb/offline-run-*/run-{id}.wandb"))) >= 1

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
+from equipoise.eval.report.tables import Table
 from equipoise.train.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -40,6 +41,9 @@ class StageContext:
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
     load_judge: Callable[[], Judge] | None = None
     """The recipe's judge, for rewards that are its verdicts."""
+
+    log_table: Callable[[str, Table, str], None] = lambda name, table, stage: None
+    """(name, table, stage): for trackers that show tables."""
 
     finished: dict[str, "StageResult"] = field(default_factory=dict)
     """What the stages before this one left, by name."""
