@@ -21,6 +21,11 @@ def test_the_corrected_rate_by_hand() -> None:
     assert (found.sensitivity, found.specificity, found.source, found.message) == (0.9, 0.8, "all", "")
 
 
+def test_the_published_example_of_a_herd() -> None:
+    # The manual of R's epiR, `epi.prev`: 23 of 150 cows, sensitivity 0.96, specificity 0.89: 5.1 per 100 cows.
+    assert rogan_gladen(23, 150, errors(0.96, 0.89)).rate == pytest.approx(0.051, abs=5e-4)
+
+
 def test_the_interval_is_lang_and_reiczigels() -> None:
     """Written out from their equations: n + z² and + z² / 2, two labels more of each kind, the shift, the variance."""
     found = rogan_gladen(30, 100, errors(0.9, 0.8))
