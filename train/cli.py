@@ -1,6 +1,7 @@
 """The command line: compose the recipe, check it, run it, and turn what happens into an exit code.
 
-0 the gate passed, 3 it failed, 4 it could not tell; 2 something is the user's to mend; 1 a crash; 130 interrupted.
+0 the gate passed, 3 it failed, 4 it could not tell; 2 something is the user's to mend; 1 a crash; 130 interrupted;
+75 told to end by SIGTERM or SIGUSR1, with a checkpoint to go on from (`preemption.py`).
 Nothing heavy is imported before the recipe has been checked.
 """
 
@@ -19,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from equipoise.data.errors import EquipoiseError
+from equipoise.train.preemption import REQUEUE, Preempted, handled
 from equipoise.train.recipe import RecipeError
 from equipoise.train.recipe.checks import near_misses
 from equipoise.train.recipe.loading import load_recipe
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
     first = os.environ.get("RANK", "0") == "0"
     try:
-        code = _run(arguments)
+        with handled():
+            code = _run(arguments)
     except EquipoiseError as error:
         code = USER_ERROR
         if first:
@@ -42,6 +45,12 @@ def main(arguments: Sequence[str]) -> int:
         code = INTERRUPTED
         if first:
             print("equipoise: interrupted; the same command resumes.", file=sys.stderr)
+    except Preempted:
+        code = REQUEUE
+        if first:
+            print(
+                "equipoise: told to end; what was done is saved, the same command goes on.", file=sys.stderr
+            )
     except SystemExit as exit:  # argparse, about an option that is none
         code = exit.code if isinstance(exit.code, int) else USER_ERROR
     except Exception:  # every rank prints: the one that crashed may not be the first

@@ -37,6 +37,7 @@ from equipoise.eval.terminal_table import category_table
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.planning.dry_run import plan
+from equipoise.train.preemption import REQUEUE, Preempted
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.data_checks import check_data
 from equipoise.train.recipe.rl import GRPOStageConfig, SafeRLHFStageConfig
@@ -111,6 +112,9 @@ def run(recipe: Recipe) -> int:
         exit_code = final_exit_code(gatekeeper)
         if state.is_main_process:
             summary = _finish(context, gatekeeper, seconds, facts, token_bias, exit_code)
+    except Preempted:
+        exit_code = REQUEUE
+        raise
     finally:
         if tracker is not None:
             tracker.finish(exit_code, summary)

@@ -7,12 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import TrainingArguments
 
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
+from equipoise.train import preemption
 from equipoise.train.model import merged, save_adapter, save_policy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
@@ -109,15 +111,20 @@ def train(
     """Train, from the last complete checkpoint where there is one, with progress and gates on the way.
 
     load_state takes what the trainer wrote into the checkpoint's `STATE_FILE`. Raises TrainingError when it does not
-    fit.
+    fit, Preempted when the process was told to end: a checkpoint of the last step is saved then.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(context.progress, f"{name}: training"))
     if context.recipe.gate.every and stage.evaluate:
         trainer.add_callback(_GateCallback(trainer, name, context))
+    ending = _PreemptionCallback()
+    trainer.add_callback(ending)  # the last: what the others do belongs to the step that is saved
     checkpoint = resume_from(Path(trainer.args.output_dir), load_state, context.say)
     context.rewind(name, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with preemption.deferred():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if ending.ended:
+            raise preemption.Preempted  # on every rank, whichever got the signal
 
 
 def resume_from(
@@ -157,6 +164,27 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Called by the trainer."""
         self._progress(state.global_step, state.max_steps, self._what)
+
+
+def told_to_end() -> bool:
+    """Whether any rank was told to end; collective, so that all of them stop at the same step."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return preemption.asked()
+    flag = torch.tensor([float(preemption.asked())], device=state.device)
+    return bool(reduce(flag, reduction="sum").item())
+
+
+class _PreemptionCallback(TrainerCallback):
+    """Save and stop behind the step in which the process was told to end."""
+
+    ended = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if told_to_end():
+            self.ended = control.should_save = control.should_training_stop = True
 
 
 class _GateCallback(TrainerCallback):

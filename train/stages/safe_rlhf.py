@@ -22,6 +22,7 @@ from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import merged, save_policy
 from equipoise.train.pairs import encode_pairs
+from equipoise.train.preemption import deferred
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.rl import SafeRLHFStageConfig
 from equipoise.train.recipe.safe_rlhf_checks import (
@@ -88,7 +89,8 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         trainer.load_weights(checkpoint)
         start = int(checkpoint.name.split("-")[1])
     context.rewind(name, start)
-    trainer.train(start)
+    with deferred():
+        trainer.train(start)
     model_folder = folder / "model"
     final = merged(models.acting())
     if accelerator.is_main_process:

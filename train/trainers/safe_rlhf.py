@@ -40,13 +40,14 @@ from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
 from equipoise.train.model import save_folder
 from equipoise.train.planning.phase_memory import PhaseMemory
+from equipoise.train.preemption import Preempted
 from equipoise.train.recipe.rl import SafeRLHFStageConfig
 from equipoise.train.trainers.experience import Experience, Score, measure, set_advantages
 from equipoise.train.trainers.rollout import Episode, RolloutBatch, Sampler, collate, ended
 from equipoise.train.trainers.safe_rlhf_metrics import counts_of, gathered, metrics_of
 from equipoise.train.trainers.safe_rlhf_models import POLICY, SafeRLHFModels, critic
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import STATE_FILE, TrainingError, checkpoints
+from equipoise.train.training import STATE_FILE, TrainingError, checkpoints, told_to_end
 
 KEPT = 2
 """Checkpoints; the older ones are removed."""
@@ -134,7 +135,7 @@ class SafeRLHFTrainer:
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self, start: int = 0) -> None:
-        """Steps from `start` (what a checkpoint had) to the end of the draws. Raises TrainingError."""
+        """Steps from `start` (what a checkpoint had) to the end of the draws. Raises TrainingError, Preempted."""
         for step in range(start, self.num_steps):
             torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) % 2**63)  # dropout
             with self._phase("rollout"):
@@ -151,8 +152,11 @@ class SafeRLHFTrainer:
             self._finish_step(experiences, num_flat, ptx_loss, step + 1)
             self._progress(step + 1, self.num_steps)
             self._step_end(step + 1)
-            if self.stage.save_every and (step + 1) % self.stage.save_every == 0:
+            ending = told_to_end()
+            if ending or (self.stage.save_every and (step + 1) % self.stage.save_every == 0):
                 self._save(step + 1)
+            if ending:
+                raise Preempted
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
