@@ -13,7 +13,8 @@ class GenerationSettings:
     max_new_tokens: int = 64
     """Tokens at which an answer is cut off."""
     batch_size: int = 32
-    """Prompts answered at a time. On CPU 32 to 96 differ little; on a GPU take what fits."""
+    """Prompts of the longest length allowed that are answered at a time; shorter ones up to four times as many, in the
+    same memory. On a GPU take what fits."""
     temperature: float = 0.0
     """0: greedy. Above: sampling, reproducible for the same seed, batch size and prompts."""
     top_p: float = 1.0

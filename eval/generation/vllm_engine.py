@@ -101,7 +101,7 @@ class VLLMEngine:
                 use_tqdm=False,
             )
             for index, output in zip(asked, outputs, strict=True):
-                replies[index] = _reply(output.outputs[0], asked[index])
+                replies[index] = self._reply(output.outputs[0], asked[index])
         if progress is not None and requests:
             progress(len(requests), len(requests), "answers")
         num_failed = sum(reply.finish == Finish.FAILED for reply in replies.values())
@@ -117,6 +117,21 @@ class VLLMEngine:
             max_tokens=encoded.limit,
             logprobs=NUM_LOGPROBS if encoded.choices else None,
         )
+
+    def _reply(self, output: Any, asked: Encoded) -> Reply:
+        """From vLLM's CompletionOutput."""
+        if output.finish_reason not in ("stop", "length"):
+            return Reply(None, Finish.FAILED, error=f"vLLM ended it with {output.finish_reason!r}")
+        ended = output.finish_reason == "stop"
+        answer, reasoning = split_reasoning(output.text, asked.prompt_end)
+        positions = zip(output.token_ids, output.logprobs or [], strict=False)
+        first = next((top for token, top in positions if self._tokenizer.decode([token]).strip()), {})
+        logprobs = {
+            choice: float(first[token].logprob) for choice, token in asked.choices.items() if token in first
+        }
+        # Its end token is among token_ids, and not in the text.
+        num_tokens = len(output.token_ids) - ended
+        return Reply(answer, Finish.STOP if ended else Finish.LENGTH, num_tokens, logprobs, reasoning)
 
 
 def _with_tsdi(options: Mapping[str, Any], token_bias: Path | None) -> dict[str, Any]:
@@ -136,18 +151,3 @@ def _with_tsdi(options: Mapping[str, Any], token_bias: Path | None) -> dict[str,
         **options,
         "additional_config": {**options.get("additional_config", {}), "token_bias": str(token_bias)},
     }
-
-
-def _reply(output: Any, asked: Encoded) -> Reply:
-    """From vLLM's CompletionOutput."""
-    if output.finish_reason not in ("stop", "length"):
-        return Reply(None, Finish.FAILED, error=f"vLLM ended it with {output.finish_reason!r}")
-    ended = output.finish_reason == "stop"
-    answer, reasoning = split_reasoning(output.text, asked.prompt_end)
-    first = output.logprobs[0] if output.logprobs else {}
-    logprobs = {
-        choice: float(first[token].logprob) for choice, token in asked.choices.items() if token in first
-    }
-    # Its end token is among token_ids, and not in the text.
-    num_tokens = len(output.token_ids) - ended
-    return Reply(answer, Finish.STOP if ended else Finish.LENGTH, num_tokens, logprobs, reasoning)

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ Answer the first prompts of the shipped suites greedily, in turn and in one proc
 generate_ratio and lm_eval_ratio: their seconds / the engine's, so 2 means twice the prompts a second. repeat_ratio: the
 seconds of a second, unchanged run out of the cache / those of the first. tsdi_ratio: the engine's seconds with TSDI /
 without, over the first two batches of prompts. Each is the median over the repeats. On a CPU the seconds are the
-process's own CPU time, which other programs disturb less than the clock. The answers of `generate` and of the engine
+process's own CPU time, which other programs disturb less than the clock. With short prompts the engine answers up to
+four times its batch size at a time (`GenerationSettings.batch_size`); --their-batch-size gives the others as much. The
+answers of `generate` and of the engine
 are compared; lm-eval's are not, for it decodes them with its own clean-up.
 """
 
@@ -55,6 +58,7 @@ def add_command(commands: Any) -> None:
     add("--num-prompts", type=int, default=200, help="harmful prompts first, then look-alikes (200)")
     add("--max-new-tokens", type=int, default=64, help="longest answer (64)")
     add("--batch-size", type=int, default=32, help="of every side (32)")
+    add("--their-batch-size", type=int, help="of the sides that are not the engine (--batch-size)")
     add("--repeats", type=int, default=3, help="runs of every side (3)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     add("--without-lm-eval", action="store_true", help="leave lm-eval out; lm_eval_ratio is then null")
@@ -75,13 +79,14 @@ def run(options: argparse.Namespace, program: Path) -> int:
         for exchange in exchanges
     ]
     settings = GenerationSettings(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    theirs = replace(settings, batch_size=options.their_batch_size or options.batch_size)
     engine = TransformersEngine(model, tokenizer, settings)
     sides: dict[str, Callable[[], list[str]]] = {
         "engine": lambda: [reply.text or "" for reply in engine.complete(requests)],
-        "generate": lambda: in_prompt_order(model, tokenizer, requests, settings),
+        "generate": lambda: in_prompt_order(model, tokenizer, requests, theirs),
     }
     if not options.without_lm_eval:
-        sides["lm_eval"] = lm_eval_side(model, tokenizer, requests, settings)
+        sides["lm_eval"] = lm_eval_side(model, tokenizer, requests, theirs)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     answers: dict[str, list[str]] = {}
     for turn in range(options.repeats):
@@ -101,6 +106,7 @@ def run(options: argparse.Namespace, program: Path) -> int:
     result = summarise(measured)
     names = ("max_new_tokens", "batch_size", "repeats", "dtype")
     result["setting"] = {name: getattr(options, name) for name in names} | {
+        "their_batch_size": theirs.batch_size,
         "num_prompts": len(requests),
         "model": Path(options.model).name,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
@@ -148,7 +154,7 @@ def lm_eval_side(
             f"lm-eval is not installed ({error}): pip install 'equipoise[lm_eval]', or leave it out with "
             "--without-lm-eval."
         ) from error
-    theirs = HFLM(
+    harness = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(model.device)
     )
     arguments = {"until": [], "max_gen_toks": settings.max_new_tokens, "do_sample": False}
@@ -165,7 +171,7 @@ def lm_eval_side(
             for index, context in enumerate(contexts)
         ]
         with inference(model):
-            return theirs.generate_until(instances, disable_tqdm=True)
+            return harness.generate_until(instances, disable_tqdm=True)
 
     return complete
 

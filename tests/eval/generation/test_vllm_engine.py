@@ -54,7 +54,7 @@ class LLM:
 
 
 def output(text: str, finish: str = "stop", tokens: int = 3, logprobs: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(text=text, finish_reason=finish, token_ids=list(range(tokens)), logprobs=logprobs)
+    return SimpleNamespace(text=text, finish_reason=finish, token_ids=[20] * tokens, logprobs=logprobs)
 
 
 @pytest.fixture
@@ -98,12 +98,16 @@ def test_all_requests_go_in_one_call_with_their_own_limits(
     assert engine.description["vllm"] == "0.0-double"
 
 
-def test_choices_ask_for_log_probabilities_and_read_the_first_position(
+def test_choices_ask_for_log_probabilities_and_read_the_first_position_behind_white_space(
     fake: type[LLM], tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    safe = tiny_tokenizer("safe", add_special_tokens=False)["input_ids"][0]
+    safe, newline = (
+        tiny_tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("safe", "\n")
+    )
     first = {safe: SimpleNamespace(logprob=-0.5)}
-    fake.answer = lambda _row, _params: output("safe", logprobs=[first, {}])  # type: ignore[method-assign, assignment]
+    said = output("\nsafe", logprobs=[{safe: SimpleNamespace(logprob=-9.0)}, first, {}])
+    said.token_ids = [newline, safe, 2]
+    fake.answer = lambda _row, _params: said  # type: ignore[method-assign, assignment]
     engine = VLLMEngine("m", GenerationSettings())
     (reply,) = engine.complete([asked("a", choices=("safe", "unsafe"))])
     assert fake.made[0].calls[0][1][0].logprobs == 20
