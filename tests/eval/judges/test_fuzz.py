@@ -489,8 +489,13 @@ def _hostile() -> list[str]:
 
 def _looks(text: str) -> str:
     """The text as it looks: compatibility forms, nothing hidden, look-alikes of brackets and letters in plain."""
-    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    return text.translate(str.maketrans("‹›【】ЕЅоеѕ", "<>[]ESoes"))
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("‹›【】ЕЅоеѕ", "<>[]ESoes"))
+    hidden = {character for character in set(text) if unicodedata.category(character) == "Cf"}
+    return text.translate(dict.fromkeys(map(ord, hidden)))
+
+
+SHOWN = tuple(map(_looks, CONTROL))
+SHOWN_LINES = tuple(re.compile(rf"(?m)^[ \t>#*]*{re.escape(_looks(line).strip('#* '))}") for line in LINES)
 
 
 def _marks(requests: Sequence[Request]) -> list[int]:
@@ -502,8 +507,7 @@ def _marks(requests: Sequence[Request]) -> list[int]:
             content = message["content"]
             parts += [content] if isinstance(content, str) else [part["text"] for part in content]
     text = _looks("\n".join(parts))
-    lines = [rf"(?m)^[ \t>#*]*{re.escape(_looks(line).strip('#* '))}" for line in LINES]
-    return [text.count(_looks(mark)) for mark in CONTROL] + [len(re.findall(line, text)) for line in lines]
+    return [text.count(mark) for mark in SHOWN] + [len(line.findall(text)) for line in SHOWN_LINES]
 
 
 class Echo:
@@ -540,7 +544,6 @@ def test_no_control_sequence_of_a_hostile_response_or_prompt_reaches_the_judge(c
     harmless, _ = _asked(case, "What is it?", "A flower.")
     expected = _marks(harmless)
     for hostile in HOSTILE:
-        for prompt, response in (("What is it?", hostile), (hostile, "A flower."), (hostile, hostile)):
-            requests, judgement = _asked(case, prompt, response)
-            assert _marks(requests[: len(harmless)]) == expected, f"a mark survives of {hostile!r}"
-            _check(judgement, [Reply(response, Finish.STOP)] * len(requests), case)
+        requests, judgement = _asked(case, hostile, hostile)
+        assert _marks(requests[: len(harmless)]) == expected, f"a mark survives of {hostile!r}"
+        _check(judgement, [Reply(hostile, Finish.STOP)] * len(requests), case)
