@@ -1,6 +1,6 @@
 """train.py as the sweep's tests start it: made-up data and a judge by a rule instead of the shipped ones.
 
-`python sweep_entry.py TRAIN_PY ARGUMENTS...`, as `--launch 'python sweep_entry.py'` has it.
+`python entry.py TRAIN_PY ARGUMENTS...`, as `--launch 'python entry.py'` has it.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from equipoise.train import run as run_module
 
 def _conftest() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
-        "training_conftest", Path(__file__).with_name("train") / "conftest.py"
+        "training_conftest", Path(__file__).parents[1] / "train" / "conftest.py"
     )
     assert spec is not None
     assert spec.loader is not None
