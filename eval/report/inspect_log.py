@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ try:
         EvalSample,
         EvalScore,
         EvalSpec,
+        EvalStats,
         write_eval_log,
     )
     from inspect_ai.model import (
@@ -85,10 +86,13 @@ def inspect_log(report: CategoryReport, created: datetime | None = None) -> Eval
             "its own"
         ) from _MISSING
     judge = str(report.judge.get("name"))
+    ended = (created or datetime.now(UTC)).astimezone(UTC)
+    started = (ended - timedelta(seconds=report.seconds)).isoformat(timespec="seconds")
     return EvalLog(
         status="success",
+        stats=EvalStats(started_at=started, completed_at=ended.isoformat(timespec="seconds")),
         eval=EvalSpec(
-            created=(created or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds"),
+            created=ended.isoformat(timespec="seconds"),
             task=f"equipoise/{report.state}",
             task_version=1,
             dataset=EvalDataset(

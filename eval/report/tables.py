@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from equipoise.eval.category_report import CategoryReport, compare
+from equipoise.eval.category_report import CategoryReport
+from equipoise.eval.comparison import compare
 from equipoise.eval.rates import Rate
 
 Cell = str | int | float | None
