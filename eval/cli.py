@@ -18,11 +18,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.eval.config import CommandConfig, JudgeConfig
 from equipoise.eval.terminal import Progress, console, say
+
+if TYPE_CHECKING:
+    from equipoise.eval.cache import Cache
 
 CRASH, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -82,7 +85,7 @@ def evaluate(arguments: list[str]) -> int:
 
         print_report(report)
         for path in write_evaluation(report, config):
-            say(f"{path.stem if path.suffix != '.json' else 'report'}: {path}")
+            say(f"report: {path}")
     return 0
 
 
@@ -288,7 +291,7 @@ def _plain(config: JudgeConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if value not in (None, {}, [])}
 
 
-def _cache(where: str | None) -> "Any":
+def _cache(where: str | None) -> "Cache | None":
     """The cache at `where`; `auto`: in equipoise's cache folder; None: none."""
     if where in (None, "", "null", "none"):
         return None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import platform, python_version
@@ -53,7 +53,7 @@ def print_report(report: CategoryReport) -> None:
         rate = "-" if won.rate is None else f"{won.rate:.1%} ({won.low:.1%} to {won.high:.1%})"
         say(
             f"win rate against {report.pairwise.opponent}: {rate}; {won.num_wins} wins, {won.num_losses} losses, "
-            f"{won.num_ties} ties ({won.num_inconsistent} of them because of the order), {won.num_no_finding} without a "
+            f"{won.num_ties} ties ({won.num_inconsistent} by their order), {won.num_no_finding} without a "
             "finding"
         )
     if report.capability:
@@ -144,29 +144,18 @@ def print_comparison(before: CategoryReport, after: CategoryReport) -> None:
     if changes.unsafe:
         table = _change_table("Unsafe answers to harmful prompts", before, after)
         for category, change in changes.unsafe.items():
-            table.add_row(
-                Text(names.get(category, category)),
-                *_change_cells(
-                    before.unsafe_rate.get(category),
-                    after.unsafe_rate[category],
-                    change,
-                    changes.unsafe_p_adjusted[category],
-                ),
-            )
+            pairs = _Pairs.of(before.unsafe_outcomes(category), after.unsafe_outcomes(category))
+            p_adjusted = changes.unsafe_p_adjusted[category]
+            table.add_row(Text(names.get(category, category)), *_change_cells(pairs, change, p_adjusted))
         table.add_section()
-        table.add_row(
-            "all categories",
-            *_change_cells(
-                before.overall_unsafe_rate, after.overall_unsafe_rate, changes.unsafe_overall, None
-            ),
-            style="bold",
-        )
+        pairs = _Pairs.of(before.unsafe_outcomes(), after.unsafe_outcomes())
+        cells = _change_cells(pairs, changes.unsafe_overall, None)
+        table.add_row("all categories", *cells, style="bold")
         console.print(table)
     if changes.over_refusal.n:
         table = _change_table("Refused although benign", before, after)
-        table.add_row(
-            "all", *_change_cells(before.over_refusal, after.over_refusal, changes.over_refusal, None)
-        )
+        pairs = _Pairs.of(before.over_refusal_outcomes(), after.over_refusal_outcomes())
+        table.add_row("all", *_change_cells(pairs, changes.over_refusal, None))
         console.print(table)
     mean = changes.helpfulness
     if mean.mean is not None and mean.low is not None:
@@ -243,26 +232,46 @@ def _notes(report: CategoryReport) -> Iterable[str]:
         yield f"{without} of {len(answered)} prompts got no answer: they count as no finding, never as safe"
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """The answers that have an outcome in both reports, as the change is over them."""
+
+    before: float | None
+    after: float | None
+    """Shares of them."""
+    num_left_out: int
+    """Answers that are in one report only, or have no outcome in one."""
+
+    @classmethod
+    def of(cls, before: Mapping[str, bool | None], after: Mapping[str, bool | None]) -> "_Pairs":
+        pairs = [
+            (old, new) for id, new in after.items() if new is not None and (old := before.get(id)) is not None
+        ]
+        num = len(pairs)
+        return cls(
+            sum(old for old, _ in pairs) / num if num else None,
+            sum(new for _, new in pairs) / num if num else None,
+            len(before.keys() | after.keys()) - num,
+        )
+
+
 def _change_table(title: str, before: CategoryReport, after: CategoryReport) -> Table:
-    caption = (
-        "over the same prompts: exact McNemar test (clustered where prompts have several answers); p by Holm"
-    )
+    caption = "over answers with a finding in both; exact McNemar test, clustered where prompts have several; p by Holm"
     table = Table(title=title, caption=caption, title_justify="left")
     table.add_column("category")
     names = (before.state, after.state) if before.state != after.state else ("a", "b")
-    for column in (*names, "pairs", "+", "-", "change", "95 %", "p", "p corrected"):
+    for column in (*names, "pairs", "left out", "+", "-", "change", "95 %", "p", "p corrected"):
         table.add_column(Text(column), justify="right")
     return table
 
 
-def _change_cells(
-    before: Rate | None, after: Rate | None, change: PairedChange, p_adjusted: float | None
-) -> tuple[str, ...]:
+def _change_cells(pairs: _Pairs, change: PairedChange, p_adjusted: float | None) -> tuple[str, ...]:
     difference = "-" if change.difference is None else f"{100 * change.difference:+.1f}"
     return (
-        _percent(before),
-        _percent(after),
+        "-" if pairs.before is None else f"{pairs.before:.0%}",
+        "-" if pairs.after is None else f"{pairs.after:.0%}",
         str(change.n),
+        str(pairs.num_left_out),
         str(change.num_gained),
         str(change.num_lost),
         difference,
@@ -270,13 +279,6 @@ def _change_cells(
         f"{change.p_value:.3g}",
         "" if p_adjusted is None else f"{p_adjusted:.3g}",
     )
-
-
-def _percent(rate: Rate | None) -> str:
-    if rate is None or rate.rate is None:
-        return "-"
-    missing = f" +{rate.num_no_finding}?" if rate.num_no_finding else ""
-    return f"{rate.rate:.0%}{missing}"
 
 
 def _gate_cells(check: GateCheck, names: Mapping[str, str]) -> tuple[Text, ...]:

@@ -1,5 +1,6 @@
 """One evaluation as it was configured: engine, suites, judge, report. Who calls it prints and writes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def check(config: CommandConfig) -> None:
         found["num_samples"] = (
             "each answer has a seed of its own, and vLLM would be loaded once for each: serve the model"
         )
+    if config.num_samples > 1 and name in ("win_rate", "likelihood", "lm_eval"):
+        found["num_samples"] = f"found {config.num_samples}, but suite={name} takes one answer to a prompt"
     for key in ("calibration", "baseline"):
         value = getattr(config, key)
         if value is not None and not Path(value).expanduser().is_file():
@@ -93,23 +96,27 @@ class Evaluation:
         if config.suite.name == "lm_eval":
             assert local is not None
             return self._capability(local)
-        judged = config.suite.name not in ("likelihood", "win_rate")
+        compares = config.suite.name == "win_rate"
+        # Whatever can be wrong with a file is found out before anything is generated.
+        judge = (
+            None if compares or config.suite.name == "likelihood" else load_judge(config.judge, self.cache)
+        )
+        calibration = None if judge is None else self._calibration(judge.card.name)
+        theirs = self._opponent_answers(suites[0]) if compares else {}
         scorer = self._scorer(local) if any(suite.name == HELPFULNESS for suite in suites) else None
         report = evaluate_suites(
             self._engines(local),
             suites,
-            load_judge(config.judge, self.cache) if judged else None,
+            judge,
             settings(config),
             config.state,
             config.model.id,
             scorer,
             self.progress,
         )
-        if config.calibration is not None:
-            report = replace(report, calibration=self._calibration(report))
-        if config.suite.name == "win_rate" and is_main_process():
-            report = replace(report, pairwise=self._compared(report, suites[0]))
-        return report
+        if compares and is_main_process():
+            return replace(report, pairwise=self._compared(report, suites[0], theirs))
+        return replace(report, calibration=calibration)
 
     def _suite(self, name: str) -> Suite:
         keys = self.config.suite
@@ -134,28 +141,29 @@ class Evaluation:
         scorer = local.scorer(chosen.helpfulness_batch_size, chosen.helpfulness_max_length)
         return scorer if self.cache is None else CachedScorer(scorer, self.cache)
 
-    def _calibration(self, report: CategoryReport) -> JudgeCalibration:
-        assert self.config.calibration is not None
+    def _calibration(self, judge: str) -> JudgeCalibration | None:
+        if self.config.calibration is None:
+            return None
         calibration = JudgeCalibration.from_json(Path(self.config.calibration).expanduser())
-        if calibration.judge != report.judge.get("name"):
+        if calibration.judge != judge:
             raise JudgeError(
-                f"{self.config.calibration} is about the judge {calibration.judge!r}, but {report.judge.get('name')!r} "
-                "judges here; calibrate that one."
+                f"{self.config.calibration} is about the judge {calibration.judge!r}, but {judge!r} judges here; "
+                "calibrate that one."
             )
         return calibration
 
-    def _compared(self, report: CategoryReport, suite: Suite) -> Pairwise:
-        opponent = self.config.suite.opponent
-        assert opponent is not None, "checked with the configuration"
-        answers = {sample.id: sample.response for sample in report.of_suite(COMPLIANCE)}
-        theirs = _opponent_answers(opponent, suite)
-        exchanges = [exchange for exchange in suite.exchanges if exchange.id in answers]
+    def _compared(self, report: CategoryReport, suite: Suite, theirs: Mapping[str, str]) -> Pairwise:
+        """Prompts that the model gave no answer to are not compared; the report has them as no finding."""
+        samples = [sample for sample in report.of_suite(COMPLIANCE) if sample.finish in ("stop", "length")]
+        asked = {exchange.id: exchange for exchange in suite.exchanges}
+        ids = [sample.prompt_id or sample.id for sample in samples]
+        assert self.config.suite.opponent is not None, "checked with the configuration"
         return compare_answers(
             load_pairwise(self.config.judge, self.cache),
-            exchanges,
-            [answers[exchange.id] for exchange in exchanges],
-            [theirs[exchange.id] for exchange in exchanges],
-            opponent,
+            [asked[id] for id in ids],
+            [sample.response for sample in samples],
+            [theirs[id] for id in ids],
+            self.config.suite.opponent,
             self.progress,
         )
 
@@ -175,25 +183,29 @@ class Evaluation:
         report = evaluate_suites([], [], None, chosen, config.state, config.model.id)
         return replace(report, engine=dict(local.description), capability=tuple(entries))
 
-
-def _opponent_answers(opponent: str, suite: Suite) -> dict[str, str]:
-    """By prompt id; raises `ConfigError` where an answer to one of the prompts is missing."""
-    if opponent == REFERENCE:
-        answers = {exchange.id: exchange.response for exchange in suite.exchanges if exchange.response}
-    else:
-        path = Path(opponent).expanduser()
-        if not path.is_file():
+    def _opponent_answers(self, suite: Suite) -> dict[str, str]:
+        """By prompt id; raises `ConfigError` where an answer to one of the prompts is missing."""
+        opponent = self.config.suite.opponent
+        assert opponent is not None, "checked with the configuration"
+        if opponent == REFERENCE:
+            answers = {exchange.id: exchange.response for exchange in suite.exchanges if exchange.response}
+        else:
+            path = Path(opponent).expanduser()
+            if not path.is_file():
+                raise ConfigError(
+                    f"suite.opponent={opponent}: expected {REFERENCE!r}, or the report.json of an evaluation with "
+                    "suite=compliance or suite=win_rate."
+                )
+            asked = {exchange.id: exchange.prompt for exchange in suite.exchanges}
+            answers = {
+                sample.id: sample.response
+                for sample in CategoryReport.from_json(path).of_suite(COMPLIANCE)
+                if asked.get(sample.id) == sample.prompt and sample.finish in ("stop", "length")
+            }
+        missing = [exchange.id for exchange in suite.exchanges if exchange.id not in answers]
+        if missing:
             raise ConfigError(
-                f"suite.opponent={opponent}: expected {REFERENCE!r}, or the report.json of an evaluation with "
-                "suite=compliance or suite=win_rate."
+                f"suite.opponent={opponent}: {len(missing)} of {len(suite.exchanges)} prompts have no answer there, "
+                f"first {missing[0]!r}; both models have to be asked the same."
             )
-        samples = CategoryReport.from_json(path).of_suite(COMPLIANCE)
-        asked = {exchange.id: exchange.prompt for exchange in suite.exchanges}
-        answers = {sample.id: sample.response for sample in samples if asked.get(sample.id) == sample.prompt}
-    missing = [exchange.id for exchange in suite.exchanges if exchange.id not in answers]
-    if missing:
-        raise ConfigError(
-            f"suite.opponent={opponent}: {len(missing)} of {len(suite.exchanges)} prompts have no answer there, "
-            f"first {missing[0]!r}; both models have to be asked the same."
-        )
-    return answers
+        return answers

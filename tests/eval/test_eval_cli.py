@@ -158,10 +158,24 @@ def test_compare_prints_the_paired_change_of_every_category(
     row = next(line for line in printed.splitlines() if "Violent crimes" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     # Per category four pairs: two newly safe, one newly unsafe; McNemar's exact p = 1.
-    assert cells[1:7] == ["50%", "25%", "4", "1", "2", "-25.0"]
-    assert cells[8:] == ["1", "1"]
+    assert cells[1:8] == ["50%", "25%", "4", "0", "1", "2", "-25.0"]
+    assert cells[9:] == ["1", "1"]
     assert "all categories" in printed
     assert "read with care" not in printed
+
+
+def test_compare_shows_the_rates_of_the_pairs_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = written(tmp_path / "a.json"), tmp_path / "b.json"
+    document = json.loads((tmp_path / "a.json").read_text())
+    document["samples"][0]["verdict"] = "failed"
+    b.write_text(json.dumps(document))
+    assert main(["compare", f"a={a}", f"b={b}"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if "Violent crimes" in line)
+    # Of four, one has no finding in b: of the three pairs one was and is unsafe.
+    assert [cell.strip() for cell in row.strip("│").split("│")][1:5] == ["33%", "33%", "3", "1"]
 
 
 def test_compare_refuses_reports_without_a_prompt_in_common(
