@@ -4,11 +4,9 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from comparison.figures import FIGURES
 from comparison.methods import BASE
@@ -100,8 +98,6 @@ def _positive(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is missing and write the report; returns 1 when a point failed. Raises EquipoiseError."""
-    # A cluster or a service manager ends us with SIGTERM: the same as Ctrl-C, points save and end.
-    signal.signal(signal.SIGTERM, _interrupt)
     if options.optuna:
         from sweeping.search import search  # an extra
 
@@ -116,12 +112,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if results.missing else 0
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def run_points(sweep: Sweep, options: argparse.Namespace) -> None:
-    """Run every point that is not done; the report is written anew as they end."""
+    """Run every point that is not done, in waves (`points.waves`)."""
     waiting = [point for point in sweep.points if not point.done]
     num_kept = len(sweep.points) - len(waiting)
     say(f"{len(sweep.points)} points in {sweep.folder}" + (f", {num_kept} done before" if num_kept else ""))

@@ -164,7 +164,7 @@ def run_submitit(
             time.sleep(POLL_SECONDS if executor.cluster != "slurm" else 10 * POLL_SECONDS)
     finally:
         for handle in running:
-            handle.cancel()
+            handle.cancel(check=False)
 
 
 def _lost(job: Job, why: str) -> int:

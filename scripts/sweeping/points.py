@@ -12,7 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 
@@ -156,8 +156,7 @@ def assemble(
         if key in swept:
             raise SweepError(f"{key}: belongs to the whole sweep and takes one value")
     swept = [key for key in swept if key != SEED]
-    given = {key: own[key].get_value_element_as_str() for key in OF_THE_SWEEP if key in own}
-    given = {key: value.strip("'\"") for key, value in given.items()}
+    given = {key: _text(own[key].value()) for key in OF_THE_SWEEP if key in own}
     points: dict[Point, None] = {}
     folder = Path()
     for one in batch:
@@ -168,7 +167,7 @@ def assemble(
         folder = Path(given.get("output_dir", recipe.output_dir)).expanduser().resolve()
         folder /= given.get("name", recipe.name)
         name = setting_name(setting)
-        arguments = [*kept, f"name={name}", f"output_dir='{folder / 'points'}'"]
+        arguments = [*kept, f"name={name}", f"output_dir={_quoted(folder / 'points')}"]
         point = Point(
             setting=name,
             swept=setting,
@@ -199,6 +198,14 @@ def setting_name(setting: Mapping[str, str]) -> str:
     if name == exact and len(name) <= _MAX_NAME:
         return name
     return f"{name[:_MAX_NAME]}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def _text(value: object) -> str:
+    return value.text if isinstance(value, QuotedString) else str(value)
+
+
+def _quoted(path: Path) -> str:
+    return QuotedString(text=str(path), quote=Quote.single).with_quotes()
 
 
 def _recipe(overrides: Sequence[str], config_dir: str | None) -> Recipe:
