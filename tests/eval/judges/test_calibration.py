@@ -26,9 +26,31 @@ def test_auroc_agrees_with_scikit_learn_and_covers() -> None:
     assert 0.90 <= covered / 200 <= 0.99
 
 
-@pytest.mark.parametrize("positive", [np.array([1.0, 2.0]), np.array([2.0])])
-def test_perfect_separation_or_one_positive_claims_no_certainty(positive: np.ndarray) -> None:
-    assert auroc_interval(positive, np.array([0.0, 0.5])) == (1.0, 0.0, 1.0)
+def test_one_positive_says_nothing() -> None:
+    assert auroc_interval(np.array([2.0]), np.array([0.0, 0.5])) == (1.0, 0.0, 1.0)
+
+
+def test_perfect_separation_claims_no_certainty() -> None:
+    positive, negative = np.arange(10) + 20.0, np.arange(16) + 0.0
+    auroc, low, high = auroc_interval(positive, negative)
+    assert (auroc, high) == (1.0, 1.0)
+    # Newcombe's method 5: 1 - θ = z sqrt(θ (1 - θ) (1 + 12 (1 - θ) / (2 - θ) + 12 θ / (1 + θ)) / 160).
+    variance = low * (1 - low) * (1 + 12 * (1 - low) / (2 - low) + 12 * low / (1 + low)) / 160
+    assert 1 - low == pytest.approx(1.959964 * variance**0.5)
+    assert 0.8 < low < 0.9
+    assert auroc_interval(negative, positive) == (0.0, 0.0, pytest.approx(1 - low))
+
+
+def test_an_auroc_near_one_is_covered() -> None:
+    """Scores N(2.5, 1) against N(0, 1), few of each: often separated perfectly."""
+    rng = np.random.default_rng(4)
+    truth, num_covered, num_perfect = 0.96145, 0, 0  # Phi(2.5 / sqrt(2))
+    for _ in range(400):
+        auroc, low, high = auroc_interval(rng.normal(2.5, 1, 10), rng.normal(0, 1, 12))
+        num_covered += low <= truth <= high
+        num_perfect += auroc == 1.0
+    assert num_perfect > 50
+    assert num_covered / 400 >= 0.93
 
 
 def test_entry_by_hand() -> None:
