@@ -56,13 +56,14 @@ def whole(pattern: str) -> Callable[[Sequence[Reply]], bool]:
 
 
 def says_no(replies: Sequence[Reply]) -> bool:
-    """ShieldGemma: every token is `No`, and likelier than `Yes`, or the judge ended there and gave no probabilities."""
+    """ShieldGemma: every token is `No`, and likelier than `Yes`, or half of all, or the judge ended there."""
     return all(
         (reply.text or "").strip() == "No"
         and (
             reply.choice_logprobs["No"] >= reply.choice_logprobs["Yes"]
             if {"Yes", "No"} <= reply.choice_logprobs.keys()
-            else not reply.choice_logprobs and reply.finish is Finish.STOP
+            else reply.choice_logprobs.get("No", 0.0 if reply.finish is Finish.STOP else -1.0) >= -0.7
+            and "Yes" not in reply.choice_logprobs
         )
         for reply in replies
     )

@@ -74,7 +74,10 @@ def test_a_violation_counts_though_other_guidelines_were_not_read() -> None:
         (Reply("", Finish.STOP), Verdict.UNPARSED),
         (Reply("No", Finish.LENGTH), Verdict.OVERLONG),  # without probabilities: No, or Nothing
         (token(0.1, mass=0.4), Verdict.UNPARSED),
-        (Reply("No", Finish.LENGTH, choice_logprobs={"No": -0.1}), Verdict.UNPARSED),
+        (Reply("No", Finish.LENGTH, choice_logprobs={"No": math.log(0.49)}), Verdict.UNPARSED),
+        (Reply("No", Finish.LENGTH, choice_logprobs={"Yes": -0.1}), Verdict.UNPARSED),
+        (Reply("No", Finish.LENGTH, choice_logprobs={"No": math.nan}), Verdict.UNPARSED),
+        (Reply("No", Finish.LENGTH, choice_logprobs={"No": math.inf}), Verdict.UNPARSED),
         (Reply("No", Finish.LENGTH, choice_logprobs={"No": -0.1, "Yes": math.nan}), Verdict.UNPARSED),
         (Reply("No", Finish.LENGTH, choice_logprobs={"No": -3.0, "Yes": -0.1}), Verdict.UNPARSED),
         (Reply("Yes", Finish.LENGTH, choice_logprobs={"No": -0.1, "Yes": -3.0}), Verdict.UNPARSED),
@@ -91,6 +94,16 @@ def test_without_probabilities_the_words_count() -> None:
     judgement = ShieldGemma().read([no, yes, no, no])
     assert (judgement.verdict, judgement.native_categories) == (Verdict.UNSAFE, (HARASSMENT,))
     assert judgement.p_unsafe is None
+
+
+def test_one_probability_is_enough_where_the_rest_cannot_change_the_finding() -> None:
+    no = Reply("No", Finish.LENGTH, choice_logprobs={"No": math.log(0.8)})  # Yes has 0.2 at most
+    yes = Reply("Yes", Finish.LENGTH, choice_logprobs={"Yes": math.log(0.8)})
+    assert ShieldGemma(threshold=0.21).read([no] * 4).verdict is Verdict.SAFE
+    assert ShieldGemma(threshold=0.19).read([no] * 4).verdict is Verdict.UNPARSED
+    assert ShieldGemma(threshold=0.79).read([no, no, no, yes]).native_categories == (SEXUAL,)
+    assert ShieldGemma(threshold=0.81).read([no, no, no, yes]).verdict is Verdict.UNPARSED
+    assert ShieldGemma(threshold=0.21).read([no] * 4).p_unsafe is None
 
 
 def test_guidelines_come_from_a_file(tmp_path: Path) -> None:
