@@ -152,7 +152,9 @@ def test_plots_are_described_and_ids_are_unique(page: Reader) -> None:
 
 def test_the_stand_in_and_its_errors_are_prominent(page: Reader) -> None:
     assert "Judged by a stand-in: fake judge." in page.words
-    assert "sensitivity 0.61 to 0.61, specificity 0.72 to 0.72" in page.words
+    assert (
+        "on 1 set of labelled answers it was not fitted on: sensitivity 0.61, specificity 0.72" in page.words
+    )
     assert page.words.index("sensitivity 0.61") < page.words.index("Unsafe answers per category")
 
 
@@ -255,9 +257,8 @@ def test_many_checkpoints_are_all_in_the_table_and_the_scatter(
     reports = {f"step-{number:02}": make_report(f"step-{number:02}", number % 5) for number in range(7)}
     page = Reader(html(ReportContent("run", reports)))
     assert "Drawn are step-00 and the last 5 of 7 checkpoints" in page.words
-    # Legend of the bars, table of checkpoints, of categories, change, and both scatters.
-    assert page.words.count("step-03") < page.words.count("step-06")
-    assert page.words.count("step-03") >= 5
+    # step-01 is in the tables and both scatters, not in the legends of the bars.
+    assert 5 <= page.words.count("step-01") < page.words.count("step-06")
 
 
 def test_examples_show_first_where_the_states_differ(reports: dict[str, CategoryReport]) -> None:
