@@ -155,8 +155,8 @@ def decode_in_slots(
     rows: prompts' tokens, taken up in this order. limits: most tokens of each answer. To be consumed in inference mode.
     """
     num_slots = min(num_slots, len(rows))
-    # Of each row at least the last token is left: its logits are the answer's first.
-    prefix = commonprefix([row[:-1] for row in rows])  # noqa: RUF071 - of lists, which it compares item by item
+    # Of each row at least the last token is left: its logits are the answer's first. Lists are compared item by item.
+    prefix = list(commonprefix([row[:-1] for row in rows]))  # noqa: RUF071
     length = max(len(row) + limit for row, limit in zip(rows, limits, strict=True))
     place = _Place()
     layers = [_SlotLayer(num_slots, length, place) for _ in DynamicCache(config=base.config).layers]

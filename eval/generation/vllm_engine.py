@@ -125,7 +125,9 @@ class VLLMEngine:
         ended = output.finish_reason == "stop"
         answer, reasoning = split_reasoning(output.text, asked.prompt_end)
         positions = zip(output.token_ids, output.logprobs or [], strict=False)
-        first = next((top for token, top in positions if self._tokenizer.decode([token]).strip()), {})
+        first: Mapping[int, Any] = next(
+            (top for token, top in positions if self._tokenizer.decode([token]).strip()), {}
+        )
         logprobs = {
             choice: float(first[token].logprob) for choice, token in asked.choices.items() if token in first
         }
