@@ -154,7 +154,7 @@ def launch_command(launch: str | None) -> list[str]:
     program, *arguments = shlex.split(launch)
     if program in ("python", "python3"):
         return [sys.executable, *arguments, str(ROOT / "train.py")]
-    beside = Path(sys.executable).with_name(program)
+    beside = Path(sys.executable).parent / program
     return [str(beside) if beside.exists() else program, *arguments, str(ROOT / "train.py")]
 
 

@@ -76,7 +76,8 @@ class Job:
             except BaseException:
                 stop([self])
                 raise
-            _signal(process.pid, signal.SIGKILL)  # what a launcher that crashed has left
+            if not self._stopped:  # else `stop` waits for those that are still saving
+                _signal(process.pid, signal.SIGKILL)  # what a launcher that crashed has left
             self._group = None
         return self.record(self._own_exit_code(code))
 

@@ -48,7 +48,6 @@ def page(results: Results, title: str) -> str:
         results=results,
         shown=shown,
         base=BASE,
-        figures=FIGURES,
         rates=[figure for figure in FIGURES if figure != "helpfulness"],
         titles=plots.TITLES | {"gap": "worst − best"},
         judge=next(iter(results.outcomes.values())).report.judge if results.outcomes else None,

@@ -220,7 +220,7 @@ def trade_off_plot(results: Results) -> Markup | None:
         for axes in panels[2:]:
             axes.set_xlabel(one_line(key))
         handles, labels = panels[0].get_legend_handles_labels()
-        if labels != [""]:
+        if labels:
             figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
         return inline_svg(
             figure, "trade-off", f"Safety and helpfulness against {key}; the dashed line is the base."
@@ -251,7 +251,8 @@ def iterations_plot(results: Results) -> Markup | None:
             _panel(axes, what)
             axes.set_xlabel("optimizer steps")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8.5)
+        if labels:
+            figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8.5)
         return inline_svg(
             figure, "iterations", "Worst category's unsafe rate and helpfulness against optimizer steps."
         )
