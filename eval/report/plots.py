@@ -117,9 +117,9 @@ def helpfulness_plot(content: ReportContent) -> Markup:
     for state, report in content.reports.items():
         mean = report.helpfulness
         if mean.mean is not None and (worst := _worst(content, state)) is not None:
-            known = mean.low is not None and mean.high is not None
-            ends = (mean.mean, mean.low, mean.high) if known else (mean.mean,) * 3
-            points[state] = (ends, worst)
+            low = mean.mean if mean.low is None else mean.low
+            high = mean.mean if mean.high is None else mean.high
+            points[state] = ((mean.mean, low, high), worst)
     return _scatter(
         content,
         points,
