@@ -117,12 +117,17 @@ def judge_problems(config: JudgeConfig, pairwise: bool = False) -> dict[str, str
     found |= {
         {"name": "engine", "options": "engine_options"}.get(key, key): why for key, why in engine.items()
     }
-    if config.name in FORMS and not found:
+    if config.name in FORMS:
         try:
             make_form(config)
-        except JudgeError as error:  # it names its key
-            key, _, reason = str(error).removeprefix("judge.").partition(":")
-            found[key.split("=")[0]] = reason.strip() or str(error)
+        except JudgeError as error:
+            key, _, reason = str(error).partition(":")
+            if key.startswith("judge."):
+                found.setdefault(key.removeprefix("judge.").split("=")[0], reason.strip())
+            else:  # it names the file instead
+                found.setdefault(
+                    "severity_prompt_file" if config.prompt_file is None else "prompt_file", str(error)
+                )
     return found
 
 

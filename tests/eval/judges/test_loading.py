@@ -89,6 +89,12 @@ def test_what_cannot_work_is_named_before_anything_is_loaded(
         load_judge(config)
 
 
+def test_a_prompt_file_without_a_placeholder_is_named_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Judge {prompt}.")
+    found = judge_problems(served("wildguard", prompt_file=str(tmp_path / "prompt.txt")))
+    assert "found no {response}" in found["prompt_file"]
+
+
 def test_the_key_of_a_server_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     assert judge_problems(served("policy", key_env="MY_KEY")) == {}
