@@ -1,11 +1,13 @@
 """GRPO on rewards that can be checked: policy folder in, policy folder out, held-out tasks scored on either side."""
 
 import functools
+import gc
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -79,6 +81,10 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
     model_folder = save_trained(trainer, policy, context.stage_dir(name))
     if trainer.multipliers is not None:
         facts["multipliers"] = trainer.multipliers.metrics()
+    del trainer, model  # or two models would be in memory
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if before is not None:
         shipped, _ = load_policy(recipe.model, model_folder)  # as it is saved: merged, in the weights' dtype
         after = _ask(name, stage, shipped.to(default_device()), tokenizer, tasks.held_out, context, "after")
