@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 STUDY = "sweep"
-SAMPLER_SEED = 0
 DIRECTIONS = ("maximize", "minimize")
 """Of helpfulness and of the worst category's unsafe rate."""
 
@@ -130,19 +129,20 @@ def _study(sweep: Sweep, options: argparse.Namespace) -> "Study":
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.journal")))
+    study = optuna.create_study(
+        storage=storage, study_name=STUDY, directions=list(DIRECTIONS), load_if_exists=True
+    )
+    seed = len(study.get_trials())  # a call that goes on must not draw what the one before has drawn
     if options.sampler == "nsga2":
         # A generation is what selection works on: too large a one for the trials there are is a random search.
         population = max(4, min(50, options.optuna // 4))
-        sampler: Any = optuna.samplers.NSGAIISampler(population_size=population, seed=SAMPLER_SEED)
+        study.sampler = optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
     else:
-        sampler = optuna.samplers.TPESampler(
-            seed=SAMPLER_SEED, n_startup_trials=min(10, max(options.optuna // 3, 1))
-        )
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(sweep.folder / "study.journal")))
-    return optuna.create_study(
-        storage=storage, study_name=STUDY, sampler=sampler, directions=list(DIRECTIONS), load_if_exists=True
-    )
+        startup = min(10, max(options.optuna // 3, 1))
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    return study
 
 
 def _sweep_of(
