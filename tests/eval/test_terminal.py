@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console
 
-from equipoise.eval.terminal import Progress, duration, rate_text
 from equipoise.eval import terminal
+from equipoise.eval.terminal import Progress, duration, rate_text
 
 
 def screen(is_terminal: bool) -> tuple[Console, io.StringIO]:
