@@ -189,7 +189,8 @@ class SuiteConfig:
     def problems(self) -> dict[str, str]:
         """Key -> what is wrong with its value."""
         from equipoise.eval.suites.base import ASKS
-        from equipoise.eval.suites.sources import FIELDS, SOURCES  # here: data sets take a second to import
+        from equipoise.eval.suites.published import SOURCES  # here: data sets take a second to import
+        from equipoise.eval.suites.sources import FIELDS
 
         found: dict[str, str] = {}
         if self.name not in ASKS:

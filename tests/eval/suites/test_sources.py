@@ -12,7 +12,8 @@ from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, Exchange
 from equipoise.data.taxonomy import load_taxonomy
 from equipoise.eval.suites.base import COMPLIANCE, HARMFUL, HELPFULNESS, LOOKALIKE, SUITES
-from equipoise.eval.suites.sources import SOURCES, load_suite, spread
+from equipoise.eval.suites.published import SOURCES
+from equipoise.eval.suites.sources import load_suite, spread
 
 # Rows with the columns that the authors publish; the texts are this test's own.
 UPSTREAM: dict[str, tuple[str, list[dict[str, object]], list[str]]] = {
