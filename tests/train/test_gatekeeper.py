@@ -26,6 +26,7 @@ LENIENT = {
     "over_refusal_margin": 1.0,
     "min_samples": 1,
 }
+REPORTS = {"report.json", "report.html", "report.md"}
 STRICT = {"category_limit": 0.0, "overall_limit": 0.0, "min_samples": 1}
 
 
@@ -47,8 +48,13 @@ def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gatekeeper(
-    tmp_path: Path, tiny_model_folder: Path, make_data: Callable[..., SafetyData], make_judge: Any
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    make_data: Callable[..., SafetyData],
+    make_judge: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Gatekeeper:
+    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))  # the base's report is shared between runs
     recipe = Recipe(
         name="test",
         stages={},
@@ -81,7 +87,7 @@ def test_a_report_is_written_logged_and_fed_back(gatekeeper: Gatekeeper, make_ju
     context = gatekeeper.context
     gatekeeper.judge = make_judge(lambda prompt, response: "S2" in prompt)
     report = gatekeeper.evaluate(BASE, "base-0", context.base_folder)
-    assert {p.name for p in (context.run_dir / "eval" / "base-0").iterdir()} == {"report.json", "report.html"}
+    assert {p.name for p in (context.run_dir / "eval" / "base-0").iterdir()} == REPORTS
     assert (report.state, report.model, len(report.samples)) == (BASE, context.base_folder, 6 + 6 + 4)
     assert context.unsafe_counts == {"S1": (0, 2), "S2": (2, 2), "S10": (0, 2)}
     [(metrics, step, label)] = gatekeeper.logged  # type: ignore[attr-defined]
@@ -104,10 +110,10 @@ def test_a_report_that_is_there_is_not_made_again(gatekeeper: Gatekeeper) -> Non
 
 @pytest.mark.usefixtures("quick_reports")
 def test_a_torn_report_is_made_again(gatekeeper: Gatekeeper) -> None:
-    folder = gatekeeper.context.run_dir / "eval" / "base-0"
-    first = gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder)
+    folder = gatekeeper.context.run_dir / "eval" / "safe-4"
+    first = gatekeeper.evaluate(ALIGNED, "safe-4", gatekeeper.context.base_folder)
     (folder / "report.json").write_text((folder / "report.json").read_text()[:100])
-    assert gatekeeper.evaluate(BASE, "base-0", gatekeeper.context.base_folder).samples == first.samples
+    assert gatekeeper.evaluate(ALIGNED, "safe-4", gatekeeper.context.base_folder).samples == first.samples
     assert gatekeeper.judge is not None
     assert gatekeeper.judge.num_judged == 24  # type: ignore[attr-defined]
 
@@ -126,7 +132,7 @@ def test_pass_is_promoted(gatekeeper: Gatekeeper, tiny_model_folder: Path) -> No
     assert model.generate(**prompt, max_new_tokens=2).shape[0] == 1
     [line] = verdicts(gatekeeper)
     assert (line["label"], line["promoted"], line["verdict"]) == ("safe-4", True, "PASS")
-    assert {p.name for p in (context.run_dir / "eval" / "safe-4").iterdir()} == {"report.json", "report.html"}
+    assert {p.name for p in (context.run_dir / "eval" / "safe-4").iterdir()} == REPORTS
 
 
 @pytest.mark.usefixtures("quick_reports")

@@ -22,7 +22,7 @@ def loaded(*overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.answer.num_generations=5", "num_generations: found 5, expected a divisor of the 32 answers"),
+        ("stages.answer.num_generations=5", "num_generations: found 5, expected a divisor of the 64 answers"),
         ("stages.answer.num_generations=1", "num_generations: found 1, expected at least 2"),
         ("stages.answer.mixture.arithmetic=0", "mixture: every share is 0"),
         ("+stages.answer.mixture.math=1", "mixture.math: unknown key"),

@@ -163,6 +163,8 @@ def test_what_was_logged(finished: Finished) -> None:
         ("safe", 1),
         ("safe", 2),
         ("safe-2", 0),
+        ("safe-2", 0),  # the gate's verdict behind the rates
+        ("token_bias-0", 0),
         ("token_bias-0", 0),
         ("end", None),
     ]
@@ -351,7 +353,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert surroundings.judge.num_judged == num_judged + 12  # the last state's suites alone
     folder = Path(recipe.output_dir) / "test" / "seed0"
     stages = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert stages == ["base-0", "helpful", "helpful", "safe", "safe", "safe-2", "end", "token_bias-0", "end"]
+    assert stages == [
+        "base-0",
+        *["helpful"] * 2,
+        *["safe"] * 2,
+        *["safe-2"] * 2,
+        "end",
+        *["token_bias-0"] * 2,
+        "end",
+    ]
     mine, theirs = (load_file(f / "promoted/model.safetensors") for f in (folder, finished.folder))
     assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
 

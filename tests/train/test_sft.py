@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from equipoise.data.schema import HELPFUL, PreferencePair
-from equipoise.train import sft_trainer
 from equipoise.train.answers import AnswerCollator, BenignAnswers, encode_chosen
 from equipoise.train.pairs import answer_sums, model_inputs
 from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe.stages import CategoryConfig, KLConfig, SFTStageConfig, WeightConfig
 from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.sft import run_sft, safe_choices
+from equipoise.train.trainers import sft as sft_trainer
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.training import STATE_FILE, TrainingError
