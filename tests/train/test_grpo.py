@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
@@ -161,7 +162,7 @@ def test_advantages_are_trls_normalise_then_sum(
     reward_by(monkeypatch, lambda text: float(len(text)) if len(text) % 3 else None)
     seen: list[tuple[Tensor, Tensor]] = []
     ours = grpo.VerifiableTrainer._generate_and_score_completions
-    trls = grpo.VerifiableTrainer.__mro__[1]._generate_and_score_completions  # type: ignore[attr-defined]
+    trls = GRPOTrainer._generate_and_score_completions
 
     def keeping(self: Any, inputs: Any) -> Any:
         output = trls(self, inputs)
@@ -173,7 +174,7 @@ def test_advantages_are_trls_normalise_then_sum(
         seen[-1] = (seen[-1][0], output["advantages"].clone())
         return output
 
-    monkeypatch.setattr(grpo.VerifiableTrainer.__mro__[1], "_generate_and_score_completions", keeping)
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", keeping)
     monkeypatch.setattr(grpo.VerifiableTrainer, "_generate_and_score_completions", compared)
     stage = make_stage(
         rewards={"numeric_answer": 1.0, "answer_format": 0.5}, format_pattern=r".*[a-z].*", num_generations=8
@@ -208,7 +209,7 @@ def test_an_answer_without_a_token_becomes_its_end(monkeypatch: pytest.MonkeyPat
     trainer = object.__new__(grpo.VerifiableTrainer)
     trainer.eos_token_ids, trainer._can_share = [2, 7], False
     monkeypatch.setattr(
-        grpo.VerifiableTrainer.__mro__[1],
+        GRPOTrainer,
         "_generate_single_turn",
         lambda self, *args, **kwargs: ([[5, 2], []], [[-0.5, -0.1], []]),
     )

@@ -23,9 +23,10 @@ from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
+from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
-from equipoise.train.training import TrainingError, save_state
+from equipoise.train.training import TrainingError
 
 RewardFunction = Callable[..., list[Reward]]
 OUTCOMES = (Outcome.CORRECT, Outcome.ABSTAINED, Outcome.WRONG)
@@ -48,7 +49,7 @@ TOKEN_COLUMNS = ("num_trained", "kl_sum", "entropy_sum", "clipped_sum")
 """Summed over the tokens of an answer that are trained on, in the forward pass of a step."""
 
 
-class VerifiableTrainer(GRPOTrainer):
+class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
     """See the module. `dataset`, in order of drawing: prompt, answer, unanswerable, category, category_index."""
 
     def __init__(
@@ -290,10 +291,7 @@ class VerifiableTrainer(GRPOTrainer):
         """One microbatch; at the end of an optimizer step the category state moves and metrics are written."""
         if not self._step:  # resumed: answers are sampled where an uninterrupted run samples them
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finish_step()
-        return loss
+        return super().training_step(*args, **kwargs)
 
     def _finish_step(self) -> None:
         step = self.state.global_step + 1
@@ -365,10 +363,6 @@ class VerifiableTrainer(GRPOTrainer):
     def _state_metrics(self) -> dict[str, float]:
         found = self.multipliers.metrics() if self.multipliers is not None else {}
         return {**self.terms.metrics(), **{f"train/{name}": value for name, value in found.items()}}
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The category weights and the multipliers, for JSON beside a checkpoint."""

@@ -29,12 +29,13 @@ from equipoise.train.recipe.stages import LogRatioStageConfig, PreferenceStageCo
 from equipoise.train.trainers.category_terms import TIE, CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
+from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.random_contexts import RandomContexts
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import save_state, stop_non_finite
+from equipoise.train.training import stop_non_finite
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(OptimizerSteps, DPOTrainer):
     """See the module. `dataset` holds the pairs in training order, one row a draw (see `sampling.order_pairs`)."""
 
     examples = "pairs"
@@ -268,13 +269,6 @@ class PreferenceTrainer(DPOTrainer):
             kl,
         )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One microbatch; at the end of an optimizer step the category state moves and metrics are written."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finish_step()
-        return loss
-
     def _finish_step(self) -> None:
         step = self.state.global_step + 1
         table = self._table.gather(self.accelerator)
@@ -316,10 +310,6 @@ class PreferenceTrainer(DPOTrainer):
                     metrics[f"train/{column}/{name}"] = float(table[column][of].nanmean())
         metrics.update(self.terms.metrics())
         return metrics
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, self.terms.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""

@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -24,8 +23,9 @@ from equipoise.train.losses.cost import cost_loss, reward_loss
 from equipoise.train.pairs import PairCollator, model_inputs
 from equipoise.train.recipe.stages import CostModelStageConfig, ScorerStageConfig
 from equipoise.train.trainers.category_terms import CategoryTerms
+from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
-from equipoise.train.training import TrainingError, save_state
+from equipoise.train.training import TrainingError
 
 LABELS = ("chosen_sign", "rejected_sign", "ordered")
 """Columns of a cost model's rows: +1 for an unsafe answer, -1 for a safe one; 1 where one is the more harmful."""
@@ -44,7 +44,7 @@ class ScorePairCollator(PairCollator):
         return batch
 
 
-class ScorerTrainer(Trainer):
+class ScorerTrainer(OptimizerSteps):
     """See the module. `dataset` holds the pairs in training order, one row a draw; `held_out` those not trained on."""
 
     def __init__(
@@ -120,13 +120,6 @@ class ScorerTrainer(Trainer):
         )
 
     # ---- metrics ----------------------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One microbatch; at the end of an optimizer step the weights move and metrics are written."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finish_step()
-        return loss
 
     def _finish_step(self) -> None:
         step = self.state.global_step + 1
@@ -236,7 +229,3 @@ class ScorerTrainer(Trainer):
                 f"{resume_from_checkpoint} was written by another model (it has {unexpected[0]}, which this one has "
                 "not); remove the folder to start the stage anew"
             )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, self.terms.state_dict())

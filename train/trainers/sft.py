@@ -20,14 +20,15 @@ from equipoise.train.recipe.stages import SFTStageConfig
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
+from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import save_state, stop_non_finite
+from equipoise.train.training import stop_non_finite
 
 COLUMNS = ("slot", "category", "nll", "num_tokens", "kl")
 """What is kept of every answer until the step is logged; nll is summed over its tokens."""
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(OptimizerSteps, SFTTrainer):
     """See the module. `dataset` holds the answers in training order, one row a draw (see `answers.encode_chosen`)."""
 
     loss_is_scaled_for_ga = True
@@ -133,13 +134,6 @@ class SupervisedTrainer(SFTTrainer):
 
     # ---- metrics and category state -----------------------------------------------------------------------------
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One microbatch; at the end of an optimizer step the weights move and metrics are written."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._finish_step()
-        return loss
-
     def _finish_step(self) -> None:
         step = self.state.global_step + 1
         table = self._table.gather(self.accelerator)
@@ -172,10 +166,6 @@ class SupervisedTrainer(SFTTrainer):
             if self.stage.kl.active and self._benign_kl is None:
                 metrics[f"train/kl/{name}"] = float(table["kl"][of].mean())
         return metrics | self.terms.metrics()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, self.terms.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Ours is `_finish_step`; TRL's averages of batch means are not wanted."""
