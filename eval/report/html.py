@@ -74,14 +74,14 @@ def html(content: ReportContent, shown: Examples = Examples.FOLDED) -> str:
     style, script = _style(), (_FOLDER / "report.js").read_text(encoding="utf-8")
     numbers = {state: number for number, state in enumerate(content.reports)}
     return (
-        _environment()
+        environment(_FOLDER)
         .get_template("report.html.jinja")
         .render(
             content=content,
             style=Markup(style),
-            style_hash=_hash(style),
+            style_hash=csp_hash(style),
             script=Markup(script),
-            script_hash=_hash(script),
+            script_hash=csp_hash(script),
             judges=_unique(report.judge for report in content.reports.values()),
             calibrations=_unique(
                 report.calibration for report in content.reports.values() if report.calibration is not None
@@ -102,10 +102,10 @@ def html(content: ReportContent, shown: Examples = Examples.FOLDED) -> str:
     )
 
 
-def _environment() -> Environment:
-    """Everything is escaped and hidden characters are spelt out; only plots, style and script are trusted."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
+def environment(folder: Path) -> Environment:
+    """Of the templates in `folder`: everything is escaped; only plots, style and script are trusted."""
+    found = Environment(
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: (
@@ -114,7 +114,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    found.filters |= {
         "percent": formats.percent,
         "points": formats.points,
         "number": formats.number,
@@ -127,13 +127,13 @@ def _environment() -> Environment:
         "check_interval": formats.check_interval,
         "check_limit": formats.check_limit,
     }
-    environment.globals |= {
+    found.globals |= {
         "percent_range": formats.percent_range,
         "points_range": formats.points_range,
         "number_range": formats.number_range,
         "interval_name": formats.INTERVAL_NAMES,
     }
-    return environment
+    return found
 
 
 def _style() -> str:
@@ -144,7 +144,7 @@ def _style() -> str:
     return shared + (_FOLDER / "report.css").read_text(encoding="utf-8") + swatches
 
 
-def _hash(text: str) -> str:
+def csp_hash(text: str) -> str:
     """What a content security policy calls an inline style or script by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 

@@ -1,18 +1,15 @@
 """sweep.html: one file that asks nobody for anything, in the style of a run's report."""
 
-import base64
-import hashlib
 from importlib import resources
 from pathlib import Path
 
 from comparison.figures import FIGURES
 from comparison.methods import BASE
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from sweeping import plots
 from sweeping.results import HELPFULNESS_BELOW_BASE, NUM_REPLICATES, Results
 
-from equipoise.eval.report import formats
+from equipoise.eval.report.html import csp_hash, environment
 
 _STYLE = """
 th, td { overflow-wrap: normal; }
@@ -25,26 +22,12 @@ figure svg text { fill: currentColor; }
 def page(results: Results, title: str) -> str:
     """The sweep as HTML: plots where a setting is complete, every point with what became of it, logs of failures."""
     style = (resources.files("equipoise.data") / "report.css").read_text(encoding="utf-8") + _STYLE
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: (
-            formats.visible_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": formats.percent, "number": formats.number}
-    environment.globals |= {
-        "percent_range": formats.percent_range,
-        "number_range": formats.number_range,
-    }
     shown = results.drawn is not None
-    return environment.get_template("sweep.html.jinja").render(
+    template = environment(Path(__file__).parent).get_template("sweep.html.jinja")
+    return template.render(
         title=title,
         style=Markup(style),
-        style_hash="sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii"),
+        style_hash=csp_hash(style),
         results=results,
         shown=shown,
         base=BASE,
