@@ -36,12 +36,10 @@ class Finding(Generic[Cleanable]):
     dropped: bool
 
 
-@dataclass
-class Cleaned(Generic[Cleanable]):
-    """Records behind the rules, and everything that the rules found."""
+class CountedFindings:
+    """How often each rule found something, for what keeps a list of findings."""
 
-    kept: list[Cleanable]
-    findings: list[Finding[Cleanable]] = field(default_factory=list)
+    findings: Sequence[Finding[Any]]
 
     @property
     def dropped(self) -> Counter[str]:
@@ -52,6 +50,14 @@ class Cleaned(Generic[Cleanable]):
     def marked(self) -> Counter[str]:
         """Rule -> records marked by it; one may be dropped by a later rule."""
         return Counter(finding.rule for finding in self.findings if not finding.dropped)
+
+
+@dataclass
+class Cleaned(CountedFindings, Generic[Cleanable]):
+    """Records behind the rules, and everything that the rules found."""
+
+    kept: list[Cleanable]
+    findings: list[Finding[Cleanable]] = field(default_factory=list)
 
 
 def clean(

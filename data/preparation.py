@@ -1,10 +1,9 @@
 """What is done to a source's records before they are split: categories for those without, and cleansing."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from equipoise.data.categorise import Categoriser, CategoryClassifier, categorise
-from equipoise.data.cleaning import Finding, PSafe, clean
+from equipoise.data.cleaning import CountedFindings, Finding, PSafe, clean
 from equipoise.data.config import DataConfig
 from equipoise.data.errors import DataError
 from equipoise.data.records import Records
@@ -21,7 +20,7 @@ class Helpers:
 
 
 @dataclass
-class Preparation:
+class Preparation(CountedFindings):
     """What was done to the records of one source, for its report."""
 
     before: list[PreferencePair | LabelledExchange]
@@ -35,16 +34,6 @@ class Preparation:
     def asked(self) -> bool:
         """Whether the recipe asked for anything to be done."""
         return self.before is not self.after
-
-    @property
-    def dropped(self) -> Counter[str]:
-        """Rule -> records dropped by it."""
-        return Counter(finding.rule for finding in self.findings if finding.dropped)
-
-    @property
-    def marked(self) -> Counter[str]:
-        """Rule -> records marked by it."""
-        return Counter(finding.rule for finding in self.findings if not finding.dropped)
 
 
 def prepare(
