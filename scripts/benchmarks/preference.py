@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import psutil
 import torch
+from argument_types import positive
 from benchmarks.preference_result import MAX_LOSS_DIFFERENCE, show, summarise
 from benchmarks.preference_sides import Side, Work, all_terms, our_side, prepare, trl_side
 from rich.console import Console
@@ -56,11 +57,11 @@ def add_command(commands: Any) -> None:
         help="JSON lines with prompt, chosen, rejected; repeatable; the shipped pairs otherwise",
     )
     add("--model", default="smollm2_135m", help="smollm2_135m, a hub id or a model folder")
-    add("--steps", type=_positive, default=10, help="timed optimizer steps, each on its own batch (10)")
-    add("--batch-size", type=_positive, default=4, help="pairs a step (4: with 8, TRL alone takes 22 GiB)")
+    add("--steps", type=positive, default=10, help="timed optimizer steps, each on its own batch (10)")
+    add("--batch-size", type=positive, default=4, help="pairs a step (4: with 8, TRL alone takes 22 GiB)")
     add(
         "--max-length",
-        type=_positive,
+        type=positive,
         default=512,
         help="pairs whose prompt + longer answer exceed it are left out",
     )
@@ -71,13 +72,6 @@ def add_command(commands: Any) -> None:
     add("--json", action="store_true", help="one JSON object as the last line")
     add("--memory-of", choices=("trl", "equipoise"), help=argparse.SUPPRESS)  # how the program calls itself
     command.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
 
 
 def run(options: argparse.Namespace, program: Path) -> int:

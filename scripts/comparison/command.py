@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from argument_types import positive
 from comparison.figures import compare
 from comparison.methods import BASE, BASELINE, METHODS
 from comparison.output import write_outputs
@@ -43,22 +44,15 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pairs", type=Path, required=True, metavar="FILE", help="JSON lines, see data/README.md")
     add("--methods", default=",".join(METHODS), help=f"comma-separated, with {BASELINE} (all)")
-    add("--seeds", type=_positive, default=3, help="seeds a method (3)")
-    add("--num-steps", type=_positive, default=60, help="optimizer steps of every training (60)")
+    add("--seeds", type=positive, default=3, help="seeds a method (3)")
+    add("--num-steps", type=positive, default=60, help="optimizer steps of every training (60)")
     add("--held-out", type=_share, default=0.1, help="share of the file's prompts kept for judging (0.1)")
-    add("--min-prompts", type=_positive, default=8, help="a category with fewer can't be worst or best (8)")
+    add("--min-prompts", type=positive, default=8, help="a category with fewer can't be worst or best (8)")
     add("--output", type=Path, default=Path("outputs/comparison"), help="folder (outputs/comparison)")
     add("--keep-models", action="store_true", help="keep every trained model; each takes its size on disk")
     add("overrides", nargs="*", metavar="key=value", help="for every training, as train.py takes them")
     add("--point", help=argparse.SUPPRESS)  # how the program calls itself: `base`, or METHOD-seedN
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
 
 
 def _share(text: str) -> float:

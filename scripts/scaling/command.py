@@ -2,6 +2,7 @@
 
 import argparse
 
+from argument_types import positive
 from rich.table import Table
 from scaling.model import ENGINES, GPUS, MODELS, Step, step, training_of
 
@@ -21,7 +22,7 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    add("--gpus", nargs="+", type=_positive, default=[8, 64, 1024], help="numbers of GPUs, 8 a node")
+    add("--gpus", nargs="+", type=positive, default=[8, 64, 1024], help="numbers of GPUs, 8 a node")
     add("--gpu", choices=GPUS, default="h100", help="80 GB each (h100)")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     add(
@@ -31,8 +32,8 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         metavar="RANK",
         help="adapters of this rank on all linear layers (0: full)",
     )
-    add("--tokens", type=_positive, default=8192, help="a GPU and step, padding included (8192)")
-    add("--length", type=_positive, default=1024, help="of a sequence (1024)")
+    add("--tokens", type=positive, default=8192, help="a GPU and step, padding included (8192)")
+    add("--length", type=positive, default=1024, help="of a sequence (1024)")
     add(
         "--kernel-efficiency",
         type=_share,
@@ -40,13 +41,6 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help="share of the GPU's peak that its kernels reach while nothing waits (0.5; measure yours)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
 
 
 def _share(text: str) -> float:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from argument_types import positive
 from comparison.figures import FIGURES
 from comparison.methods import BASE
 from rich.table import Table
@@ -63,7 +64,7 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         "(accelerate launch where there is a GPU, else python)",
     )
     add("--launcher", choices=LAUNCHERS, default="local", help="who runs the points (local)")
-    add("--jobs", type=_positive, default=1, metavar="N", help="points at a time (1)")
+    add("--jobs", type=positive, default=1, metavar="N", help="points at a time (1)")
     add(
         "--gpus-per-point",
         type=int,
@@ -78,8 +79,8 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help="start all points at once; else one goes first, and the others find the base's evaluation and the "
         "reference's log-probabilities done",
     )
-    add("--min-prompts", type=_positive, default=8, help="a category with fewer can't be the worst (8)")
-    add("--optuna", type=_positive, metavar="NUM_TRIALS", help="search so many settings instead of a grid")
+    add("--min-prompts", type=positive, default=8, help="a category with fewer can't be the worst (8)")
+    add("--optuna", type=positive, metavar="NUM_TRIALS", help="search so many settings instead of a grid")
     add("--sampler", choices=("tpe", "nsga2"), default="tpe", help="optuna: who proposes settings (tpe)")
     add(
         "--report-only",
@@ -87,13 +88,6 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help="run nothing, write the tables and the report of what is there",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:
