@@ -1,9 +1,8 @@
 """Evaluate a model state, gate it, and promote it or not; the run's memory of verdicts."""
 
-import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.errors import EquipoiseError
@@ -25,7 +22,7 @@ from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
 from equipoise.eval.report.tables import category_table
 from equipoise.train import base_report
-from equipoise.train.model import default_device, load_policy, merged, save_folder, save_policy
+from equipoise.train.model import default_device, load_policy, save_folder
 from equipoise.train.provenance import provenance
 from equipoise.train.recipe import Recipe
 from equipoise.train.stages.context import StageContext
@@ -158,16 +155,15 @@ class Gatekeeper:
         if PartialState().is_main_process:
             self.write_html(self.context.run_dir / "eval" / label / "report.html", label, (BASE, state))
 
-    def inside_stage(
-        self, name: str, step: int, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """Evaluate and gate a model in the middle of its training (`gate.every`); a PASS is promoted."""
+    def inside_stage(self, name: str, step: int, save: Callable[[Path], None]) -> None:
+        """Evaluate and gate a model in the middle of its training (`gate.every`); a PASS is promoted.
+
+        save: see `StageContext.gate_inside`.
+        """
         label = f"{name}-{step}"
         # Judged as it would ship: merged, from a folder. (A merged copy is also more than twice as fast to decode.)
         folder = self.context.stage_dir(name) / f"step-{step}"
-        if PartialState().is_main_process:
-            save_policy(merged(copy.deepcopy(model)), tokenizer, folder)
-        PartialState().wait_for_everyone()
+        save(folder)
         state = self.state_names.get(name, ALIGNED)
         self.evaluate(state, label, str(folder))
         self.decide(state, label, str(folder))

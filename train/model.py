@@ -2,21 +2,31 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as deepspeed_integration
 
-from equipoise.eval.models import load_model
+from equipoise.eval.generation.batches import base_of
+from equipoise.eval.models import load_model, native_dtype
+from equipoise.train.ranks import from_first
 from equipoise.train.recipe import ModelConfig
 
 
 def load_policy(
-    config: ModelConfig, folder: Path | str | None, notify: Callable[[str], None] | None = None
+    config: ModelConfig,
+    folder: Path | str | None,
+    notify: Callable[[str], None] | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The recipe's model, or the one an earlier stage left in `folder`, in the recipe's dtype, without an adapter."""
     return load_model(
@@ -26,6 +36,32 @@ def load_policy(
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
         notify=notify,
+        quantization=quantization,
+    )
+
+
+def load_trainable(
+    config: ModelConfig, folder: Path | str | None, notify: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_policy`, to be trained: `model.quantization` applies. What is judged and saved is never quantised."""
+    return load_policy(config, folder, notify, quantization_config(config))
+
+
+def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
+    """QLoRA (2305.14314): NF4 with double quantisation, computed in the recipe's dtype; None: not quantised.
+
+    PEFT's `prepare_model_for_kbit_training` is left out: it casts embeddings, head and norms to fp32, whose memory (more
+    than the quantisation saves on a small model) buys nothing, as norms compute in fp32 whatever they are stored in.
+    TRL left it out of its trainers for the same reason (trl#4335, trl#4457).
+    """
+    if config.quantization == "none":
+        return None
+    dtype = native_dtype() if config.dtype == "native" else config.dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
 
 
@@ -64,6 +100,85 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 def merged(model: Any) -> PreTrainedModel:
     """The model with its adapter folded into the weights (computed in fp32, rounded once to the weights' dtype)."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def save_merged(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    folder: Path,
+) -> None:
+    """Save a policy in training as it ships: all of its weights, the active adapter folded in. Collective.
+
+    model: unwrapped; whole, or sharded by ZeRO-3 or FSDP 2. It stays as it is. Of a policy with an adapter only that is
+    gathered, on the first rank's CPU: the weights under it are those of the folder that it was loaded from.
+    """
+    adapter = model.active_adapter if isinstance(model, PeftModel) else None
+    trained = whole_tensors(
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if adapter is None or ("lora_" in name and f".{adapter}." in name)
+    )
+
+    def write() -> None:
+        with unsharded():
+            policy, _ = load_policy(config, base_of(model).name_or_path)
+            whole: Any = policy
+            if isinstance(model, PeftModel):
+                whole = PeftModel(policy, model.peft_config[model.active_adapter], model.active_adapter)
+            strangers = whole.load_state_dict(trained, strict=False).unexpected_keys
+            assert not strangers, f"weights that the policy on disk has not: {strangers[:3]}"
+            save_policy(merged(whole), tokenizer, folder)
+
+    from_first(write)
+
+
+def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies of parameters on the first rank's CPU, whole whatever engine shards them; {} on the others. Collective.
+
+    One after the other, so that no device ever holds more than one of them whole.
+    """
+    main = PartialState().is_main_process
+    whole = {}
+    for name, parameter in named:
+        with torch.no_grad(), _gathered(parameter) as tensor:
+            if main:
+                whole[name] = tensor.detach().to("cpu", copy=True)
+    return whole
+
+
+@contextmanager
+def _gathered(parameter: Tensor) -> Iterator[Tensor]:
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter
+    else:
+        yield parameter
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models and `generate` waits for no other rank.
+
+    While an engine trains in this process transformers does neither: with ZeRO-3 it shards whatever is loaded, with
+    FSDP's `cpu_ram_efficient_loading` only the first rank reads weights.
+    """
+    # The configuration itself has no public reader, but for the reference that transformers keeps of it.
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(config)
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

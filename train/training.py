@@ -15,7 +15,7 @@ from transformers.training_args import TrainingArguments
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train import preemption
-from equipoise.train.model import merged, save_adapter, save_policy
+from equipoise.train.model import merged, save_adapter, save_merged, save_policy
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
@@ -201,6 +201,9 @@ class _GateCallback(TrainerCallback):
         if not due or context.gate_inside is None:
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
-        context.gate_inside(self._name, state.global_step, model, trainer.processing_class)
+        config, tokenizer = context.recipe.model, trainer.processing_class
+        context.gate_inside(
+            self._name, state.global_step, lambda folder: save_merged(model, tokenizer, config, folder)
+        )
         if context.unsafe_counts is not None:
             trainer.terms.update_from_evaluation(context.unsafe_counts)

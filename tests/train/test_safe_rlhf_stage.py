@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from equipoise.data.errors import DataError
@@ -170,12 +171,13 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(
         train_stage(make(rollout=RolloutConfig(max_new_tokens=510)), runner=run_safe_rlhf, data=data)
 
 
-def test_the_stage_is_gated_on_its_way(make: Make, train_stage: Any) -> None:
+def test_the_stage_is_gated_on_its_way(make: Make, train_stage: Any, tmp_path: Path) -> None:
     calls = []
     stage = make(evaluate=True, num_steps=5, ptx_coef=0.0, gradient_accumulation_steps=1)
 
-    def gate(name: str, step: int, model: Any, tokenizer: Any) -> None:
-        calls.append((name, step, model.active_adapter))
+    def gate(name: str, step: int, save: Callable[[Path], None]) -> None:
+        save(tmp_path / f"step-{step}")
+        calls.append((name, step))
 
     from equipoise.train.stages import safe_rlhf
 
@@ -190,7 +192,11 @@ def test_the_stage_is_gated_on_its_way(make: Make, train_stage: Any) -> None:
         train_stage(stage, runner=run_safe_rlhf, gate_inside=gate)
     finally:
         safe_rlhf._gate = original
-    assert calls == [("safe", 2, "policy"), ("safe", 4, "policy")]
+    assert calls == [("safe", 2), ("safe", 4)]
+    first, second = (load_file(tmp_path / f"step-{step}" / "model.safetensors") for step in (2, 4))
+    changed = {name for name, weight in first.items() if not torch.equal(weight, second[name])}
+    assert any(name.endswith("q_proj.weight") for name in changed)  # the policy's adapter, folded in
+    assert not any("lora" in name for name in first)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

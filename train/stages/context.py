@@ -4,9 +4,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
@@ -35,8 +32,10 @@ class StageContext:
     """(stage, step): what was logged of the stage behind the step is about to be done again."""
     say: Callable[[str], None]
     progress: Progress
-    gate_inside: Callable[[str, int, Any, PreTrainedTokenizerBase], None] | None = None
-    """(stage, step, model, tokenizer): judge and gate in the middle of a stage, every `gate.every` steps."""
+    gate_inside: Callable[[str, int, Callable[[Path], None]], None] | None = None
+    """(stage, step, save): judge and gate in the middle of a stage, every `gate.every` steps, what `save` writes.
+
+    save: (folder), writes the policy as it would ship; collective, as the whole call is."""
     unsafe_counts: dict[str, tuple[int, int]] | None = None
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
     load_judge: Callable[[], Judge] | None = None

@@ -20,7 +20,7 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.losses.lagrange import ALL, Multipliers
-from equipoise.train.model import merged, save_policy
+from equipoise.train.model import merged, save_merged, save_policy
 from equipoise.train.pairs import encode_pairs
 from equipoise.train.preemption import deferred
 from equipoise.train.recipe import Recipe
@@ -247,4 +247,5 @@ def _gate(
         or step >= trainer.num_steps
     ):
         return
-    context.gate_inside(name, step, trainer.models.acting(), trainer.models.tokenizer)
+    policy, tokenizer, config = trainer.models.acting(), trainer.models.tokenizer, context.recipe.model
+    context.gate_inside(name, step, lambda folder: save_merged(policy, tokenizer, config, folder))
