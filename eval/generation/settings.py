@@ -13,7 +13,7 @@ class GenerationSettings:
     max_new_tokens: int = 64
     """Tokens at which an answer is cut off."""
     batch_size: int = 32
-    """Prompts of the longest length allowed that are answered at a time; shorter ones up to four times as many, in the
+    """Prompts of the longest length allowed that are answered at a time; shorter ones up to eight times as many, in the
     same memory. On a GPU take what fits."""
     temperature: float = 0.0
     """0: greedy. Above: sampling, reproducible for the same seed, batch size and prompts."""

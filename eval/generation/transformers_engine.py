@@ -1,6 +1,7 @@
 """The engine for a transformers model in this process: in slots where the model can, else in sorted batches."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from equipoise.eval.generation.tsdi_decoding import TSDILogitsProcessor, take_ou
 
 log = logging.getLogger(__name__)
 
-MOST_SLOTS = 4
+MOST_SLOTS = 8
 """Slots a prompt of `batch_size`, where prompts are short: beyond that, larger matrices gained little on a CPU."""
 
 
@@ -162,13 +163,18 @@ class TransformersEngine:
                     return
 
     def _num_at_once(self, asked: Mapping[int, Encoded]) -> int:
-        """Slots in the memory that `batch_size` prompts of the longest length allowed would take."""
+        """Slots in the memory that `batch_size` prompts of the longest length allowed would take.
+
+        Where answers run to their limit, slots fall free together: no more than share the prompts evenly, or the last
+        few would pass over the weights by themselves.
+        """
         if not asked:
             return 1
         batch_size = self.settings.batch_size
         longest = max(len(one.row) + one.limit for one in asked.values())
         allowed = self.settings.max_prompt_tokens + max(one.limit for one in asked.values())
-        return min(batch_size * allowed // longest, MOST_SLOTS * batch_size)
+        most = min(batch_size * allowed // longest, MOST_SLOTS * batch_size)
+        return math.ceil(len(asked) / math.ceil(len(asked) / most))
 
     def _answers_in_slots(
         self, waiting: Sequence[int], asked: Mapping[int, Encoded], num_slots: int

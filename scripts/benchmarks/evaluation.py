@@ -39,9 +39,8 @@ generate_ratio and lm_eval_ratio: their seconds / the engine's, so 2 means twice
 seconds of a second, unchanged run out of the cache / those of the first. tsdi_ratio: the engine's seconds with TSDI /
 without, over the first two batches of prompts. Each is the median over the repeats. On a CPU the seconds are the
 process's own CPU time, which other programs disturb less than the clock. With short prompts the engine answers up to
-four times its batch size at a time (`GenerationSettings.batch_size`); --their-batch-size gives the others as much. The
-answers of `generate` and of the engine
-are compared; lm-eval's are not, for it decodes them with its own clean-up.
+eight times its batch size at a time (`GenerationSettings.batch_size`); --their-batch-size gives the others as much. The
+answers of `generate` and of the engine are compared; lm-eval's are not, for it decodes them with its own clean-up.
 """
 
 

@@ -168,6 +168,38 @@ def test_a_slot_is_taken_over_as_soon_as_its_answer_ends(tiny_model: LlamaForCau
     assert widths == [2] * 8 + [1] * 2
 
 
+@pytest.mark.parametrize(
+    ("num_prompts", "max_prompt_tokens", "expected"),
+    [
+        (7, 200, 7),  # 8 slots a prompt of batch_size 1
+        (9, 200, 5),  # 9 in 8 slots: 5 and 4 rather than 8 and 1
+        (17, 200, 6),
+        (9, 37, 1),  # no shorter than the longest allowed: as many as batch_size
+    ],
+)
+def test_slots_share_the_prompts_evenly(
+    tiny_model: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    num_prompts: int,
+    max_prompt_tokens: int,
+    expected: int,
+) -> None:
+    given: list[int] = []
+
+    def decode(*arguments: Any) -> Iterator[tuple[int, list[int]]]:
+        given.append(arguments[4])
+        yield from decode_in_slots(*arguments)
+
+    requests = asked(*["a"] * num_prompts, max_new_tokens=2)
+    engine = engine_of(tiny_model, tiny_tokenizer, batch_size=1, max_prompt_tokens=max_prompt_tokens)
+    assert engine.num_prompt_tokens(requests[0]) <= 25
+    engine.complete(requests[:1])  # probed
+    monkeypatch.setattr(transformers_engine, "decode_in_slots", decode)
+    assert len(engine.complete(requests)) == num_prompts
+    assert given == [expected]
+
+
 def test_a_model_with_a_sliding_window_is_left_to_generate(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
     config = MistralConfig(
@@ -242,7 +274,7 @@ def test_a_batch_out_of_memory_is_halved(
     expected = engine_of(tiny_model, tiny_tokenizer).complete(asked(*TEXTS))
     monkeypatch.setattr(transformers_engine, "decode_in_slots", out_of_memory_above(2, decode_in_slots))
     assert engine_of(tiny_model, tiny_tokenizer, batch_size=8).complete(asked(*TEXTS)) == expected
-    assert "2 prompts at a time" in caplog.text
+    assert "3 prompts at a time" in caplog.text
 
 
 def test_what_alone_runs_out_of_memory_has_failed_and_only_that(
