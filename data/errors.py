@@ -7,3 +7,7 @@ class EquipoiseError(Exception):
 
 class DataError(EquipoiseError):
     """A data file or record that cannot be used."""
+
+
+class DiskFullError(EquipoiseError):
+    """Something could not be written for want of space."""

@@ -1,6 +1,5 @@
 """Where metrics go: always `metrics.jsonl` in the run's folder, and Weights & Biases where the recipe says so."""
 
-import json
 import math
 import netrc
 import numbers
@@ -9,14 +8,14 @@ import re
 import secrets
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from equipoise.data.files import write_aside
+from equipoise.data.errors import DiskFullError
 from equipoise.eval.report.tables import Table
 from equipoise.eval.terminal import say
+from equipoise.train.metrics_file import END, MetricsFile
 from equipoise.train.recipe import TrackingConfig
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -31,20 +30,20 @@ class Tracker:
 
     def __init__(self, run_dir: Path, config: TrackingConfig, recipe_dict: Mapping[str, Any]) -> None:
         """`recipe_dict` is the resolved recipe; W&B shows it as the run's configuration."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / "metrics.jsonl"
-        _drop_torn_line(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._wandb: Any = None
         self._stages: set[str] = set()
         if config.name == "wandb":
             self._start_wandb(run_dir, config, _without_secrets(recipe_dict))
 
     def log(self, metrics: Mapping[str, float | int | str], step: int, stage: str) -> None:
-        """Record `metrics` at optimizer step `step` of `stage`; values that are not finite become texts, "NaN"."""
+        """Record `metrics` at optimizer step `step` of `stage`; values that are not finite become texts, "NaN".
+
+        What an interrupted run has recorded already is not recorded again.
+        """
         values = {name: _plain(value) for name, value in metrics.items()}
-        self._write({"stage": stage, "step": step, **values})
-        if self._wandb is not None:
+        new = self._metrics.append(_finite({"stage": stage, "step": step, **values}))
+        if new and self._wandb is not None:
             self._try(lambda: self._log_wandb(values, step, stage))
 
     def log_table(self, name: str, table: Table, stage: str) -> None:
@@ -54,25 +53,21 @@ class Tracker:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what an interrupted run logged of `stage` behind `step`: it is about to be done again."""
-        self._file.close()
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not _behind(json.loads(line), stage, step)]
-        write_aside(self._path, "".join(kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._metrics.rewind(stage, step)
 
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Record how the run ended and close; `summary` may be nested, W&B shows it beside the curves."""
-        self._write({"stage": "end", "exit_code": exit_code})
-        self._file.close()
+        try:
+            self._metrics.append({"stage": END, "exit_code": exit_code})
+        except (
+            DiskFullError
+        ) as error:  # very likely what ended the run: its own error must not be lost behind this one
+            say(str(error))
+        self._metrics.close()
         if self._wandb is not None:
             self._try(lambda: self._wandb.summary.update(_finite(_without_secrets(summary))))
         if self._wandb is not None:
             self._try(lambda: self._wandb.finish(exit_code=exit_code))
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **_finite(values)}
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
 
     def _start_wandb(self, run_dir: Path, config: TrackingConfig, recipe: Mapping[str, Any]) -> None:
         import wandb  # here: it takes a second, and most runs don't use it
@@ -118,14 +113,10 @@ class Tracker:
         except Exception as error:  # whatever a tracker raises, hours of training are worth more
             self._wandb = None
             warnings.warn(
-                f"Weights & Biases failed and is off from here on; {self._path} has everything. "
+                f"Weights & Biases failed and is off from here on; {self._metrics.path} has everything. "
                 f"({type(error).__name__}: {_redact(str(error))})",
                 stacklevel=3,
             )
-
-
-def _behind(line: Mapping[str, Any], stage: str, step: int) -> bool:
-    return line.get("stage") == stage and line.get("step", 0) > step
 
 
 def _run_id(run_dir: Path) -> str:
@@ -184,11 +175,3 @@ def _redact(text: str) -> str:
         if _SECRET_NAME.search(name) and len(secret) >= 8:
             text = text.replace(secret, "***")
     return text
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what an interrupted write left behind the last complete line; its step is logged again."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
