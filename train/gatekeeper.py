@@ -2,29 +2,37 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from equipoise.data.crosswalk import find_taxonomy
 from equipoise.data.errors import EquipoiseError
+from equipoise.data.files import write_aside
 from equipoise.eval.category_report import CategoryReport, ReportError
-from equipoise.eval.evaluator import EvaluationSettings, evaluate
+from equipoise.eval.config import EngineConfig, ModelChoice
+from equipoise.eval.evaluator import EvaluationSettings
+from equipoise.eval.fingerprint import file_fingerprint, model_fingerprint
 from equipoise.eval.gate import GateResult, GateRules, GateVerdict, gate
-from equipoise.eval.generation.engine import GenerationSettings
+from equipoise.eval.generation.settings import GenerationSettings
 from equipoise.eval.generation.tsdi import TokenBias, TokenShift
+from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
+from equipoise.eval.job import EvaluationJob, Prompts
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.report import write_report
-from equipoise.eval.report.tables import category_table
+from equipoise.eval.report.content import ReportContent
 from equipoise.train import base_report
-from equipoise.train.model import default_device, load_policy, save_folder
+from equipoise.train.evaluation_process import evaluate_apart
+from equipoise.train.model import save_folder, unsharded
 from equipoise.train.provenance import provenance
-from equipoise.train.recipe import Recipe
+from equipoise.train.ranks import from_first
+from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.stages.context import StageContext
 
 BASE, ALIGNED, TSDI = "base", "aligned", "tsdi"
@@ -44,6 +52,13 @@ class Gatekeeper:
     reports: dict[str, CategoryReport] = field(default_factory=dict)
     verdicts: dict[str, GateResult] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.context.recipe.gate.where == "vllm" and find_spec("vllm") is None:
+            raise RecipeError(
+                "gate.where: found 'vllm', but vLLM is not installed here; pip install 'equipoise[vllm]', or "
+                "gate.where=subprocess"
+            )
+
     @property
     def promoted(self) -> str | None:
         """State of the model in `promoted/`, as gate.jsonl has it: an interrupted run may have put it there."""
@@ -59,76 +74,115 @@ class Gatekeeper:
         model_folder: str,
         token_bias: TokenBias | None = None,
     ) -> CategoryReport:
-        """Report of one state under `eval/<label>/`; a report that is there already is read instead."""
+        """Report of one state under `eval/<label>/`, the same on all ranks; collective.
+
+        A report that is there already is read instead, if it is about the same weights and token bias.
+        Raises EvaluationError where `gate.where` asks for a process of its own, and that gave no report.
+        """
         context = self.context
-        settings = evaluation_settings(context.recipe)
         path = context.run_dir / "eval" / label / "report.json"
-        report = _existing(path)
-        new = report is None
-        shared = self._shared_report(settings, model_folder) if new and state == BASE else None
-        if shared is not None and (report := base_report.load(shared, model_folder)) is not None:
-            context.say(
-                f"{state}: evaluated before, by a run with the same model, prompts, settings and judge"
-            )
-            if PartialState().is_main_process:
-                report.to_json(path)
-        if report is None:
-            assert self.judge is not None
-            model, tokenizer = load_policy(context.recipe.model, model_folder)
-            model.to(default_device())
-            report = evaluate(
-                model,
-                tokenizer,
-                context.data,
-                self.judge,
-                settings,
-                state,
-                model_folder,
-                token_bias=token_bias,
-                progress=lambda done, total, what: context.progress(done, total, f"{state}: {what}"),
-            )
-            del model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if PartialState().is_main_process:
-                report.to_json(path)
-                if shared is not None:
-                    report.to_json(shared)
-        PartialState().wait_for_everyone()
+        with self._work_folder(label) as work:
+            job = self._job(state, model_folder, token_bias, work)
+            report = from_first(lambda: _existing(path, job))
+            if new := report is None:
+                shared = from_first(lambda: self._shared_report(job)) if state == BASE else None
+                report = from_first(lambda: self._reused(shared, model_folder))
+                made = report is None
+                report = report or self._made(job, label, work)
+                from_first(lambda: _write(report, [path, shared] if made else [path]))
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
         if new:
             context.log(_metrics(report), 0, label)
-            baseline = self.reports.get(BASE) if state != BASE else None
+            shown = {s: r for s, r in self.reports.items() if s in (BASE, state)}
             names = find_taxonomy(context.recipe.data.taxonomy).names
-            context.log_table("categories", category_table(report, baseline, names), label)
+            context.log_evaluation(ReportContent(label, shown, category_names=names), label)
         if state == BASE:
-            self._write_label(state, label)
+            from_first(lambda: self._write_label(state, label))
         return report
 
-    def _shared_report(self, settings: EvaluationSettings, model_folder: str) -> Path | None:
-        """Where runs share the base's report; the same on all ranks, None where the weights cannot be told."""
-        context = self.context
+    def _job(self, state: str, model_folder: str, token_bias: TokenBias | None, work: Path) -> EvaluationJob:
+        recipe = self.context.recipe
+        if token_bias is not None:
+            from_first(lambda: token_bias.save(work / TOKEN_BIAS_FILE))
+        model = recipe.model
+        return EvaluationJob(
+            model=ModelChoice(
+                model_folder,
+                model.revision,
+                model.dtype,
+                model.attn_implementation,
+                model.trust_remote_code,
+            ),
+            prompts=Prompts.of(self.context.data),
+            judge=recipe.judge,
+            settings=evaluation_settings(recipe),
+            state=state,
+            engine=EngineConfig("vllm", options=recipe.gate.engine_options)
+            if recipe.gate.where == "vllm"
+            else EngineConfig(),
+            tsdi=None if token_bias is None else str(work),
+        )
+
+    def _made(self, job: EvaluationJob, label: str, work: Path) -> CategoryReport:
+        """Evaluate: here, where the ranks share the prompts, or apart, while they wait."""
+        context, keys = self.context, self.context.recipe.gate
+
+        def progress(done: int, total: int, what: str) -> None:
+            context.progress(done, total, f"{job.state}: {what}")
+
+        if keys.where == "in_process":
+            assert self.judge is not None
+            with unsharded():
+                report = job.run(self.judge, progress)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return report
+        log = context.run_dir / "eval" / label / "process.log"
+        return from_first(lambda: evaluate_apart(job, work, log, keys.timeout, keys.devices, progress))
+
+    @contextmanager
+    def _work_folder(self, label: str) -> Iterator[Path]:
+        """A folder for what only the evaluation itself needs, of all ranks."""
+        folder = self.context.run_dir / "eval" / label / ".work"
+
+        def fresh() -> None:
+            shutil.rmtree(folder, ignore_errors=True)  # of an evaluation that was interrupted
+            folder.mkdir(parents=True)
+
+        from_first(fresh)
+        yield folder
+        from_first(lambda: shutil.rmtree(folder))
+
+    def _shared_report(self, job: EvaluationJob) -> Path | None:
+        """Where runs share the base's report; None where the weights cannot be told."""
         assert self.judge is not None
-        found: list[Path | None] = [None]
-        if PartialState().is_main_process:
-            try:
-                found = [
-                    base_report.report_file(context.recipe, context.data, self.judge, settings, model_folder)
-                ]
-            except EquipoiseError as error:
-                context.say(f"the base's evaluation is not shared with other runs: {error}")
-        return broadcast_object_list(found)[0]
+        try:
+            return base_report.report_file(job, self.judge.card)
+        except EquipoiseError as error:
+            self.context.say(f"the base's evaluation is not shared with other runs: {error}")
+            return None
+
+    def _reused(self, shared: Path | None, model_folder: str) -> CategoryReport | None:
+        report = None if shared is None else base_report.load(shared, model_folder)
+        if report is not None:
+            self.context.say(
+                f"{BASE}: evaluated before, by a run with the same model, prompts, settings and judge"
+            )
+        return report
 
     def _record(self, verdict: dict[str, Any]) -> bool:
-        """Append to gate.jsonl, but for a verdict that an interrupted run has written already; whether it was new."""
+        """Write a verdict to gate.jsonl, in place of the one that an interrupted run gave there; whether it is new."""
         path = self.context.run_dir / "gate.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         line = json.dumps(verdict, ensure_ascii=False)
-        if not path.exists() or line not in path.read_text(encoding="utf-8").splitlines():
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-            return True
-        return False
+        if line in lines:
+            return False
+        places = [at for at, old in enumerate(lines) if json.loads(old)["label"] == verdict["label"]]
+        for at in places:
+            lines[at] = line
+        write_aside(path, "".join(f"{text}\n" for text in (lines if places else [*lines, line])))
+        return True
 
     def write_html(
         self,
@@ -152,8 +206,7 @@ class Gatekeeper:
         )
 
     def _write_label(self, state: str, label: str) -> None:
-        if PartialState().is_main_process:
-            self.write_html(self.context.run_dir / "eval" / label / "report.html", label, (BASE, state))
+        self.write_html(self.context.run_dir / "eval" / label / "report.html", label, (BASE, state))
 
     def inside_stage(self, name: str, step: int, save: Callable[[Path], None]) -> None:
         """Evaluate and gate a model in the middle of its training (`gate.every`); a PASS is promoted.
@@ -177,14 +230,20 @@ class Gatekeeper:
         result = gate(self.reports[state], self.reports.get(BASE), self.rules)
         self.verdicts.pop(state, None)  # the last one decided stands last
         self.verdicts[state] = result
-        self._write_label(state, label)
         passed = result.verdict is GateVerdict.PASS
-        if PartialState().is_main_process:
+
+        def keep() -> None:
+            self._write_label(state, label)
+            verdict = {"label": label, "promoted": passed, **result.to_dict()}
+            promoted = self.context.run_dir / "promoted"
             if passed:
-                promote(Path(model_folder), token_bias, self.context.run_dir / "promoted")
-            if self._record({"label": label, "promoted": passed, **result.to_dict()}):
+                promote(Path(model_folder), token_bias, promoted)
+            if self._record(verdict):
                 self.context.log(result.metrics(), 0, label)
-        PartialState().wait_for_everyone()
+                if passed:
+                    self.context.log_promoted(promoted, ("promoted", state, label), verdict)
+
+        from_first(keep)
         return result
 
 
@@ -210,14 +269,28 @@ def promote(model_folder: Path, token_bias: TokenBias | None, target: Path) -> N
     save_folder(target, write)
 
 
-def _existing(path: Path) -> CategoryReport | None:
-    """A finished report of this run, or None; the run's folder is bound to one recipe, so settings agree."""
+def _line(verdict: dict[str, Any]) -> str:
+    return json.dumps(verdict, ensure_ascii=False)
+
+
+def _existing(path: Path, job: EvaluationJob) -> CategoryReport | None:
+    """A finished report of this run about what `job` asks, or None; settings agree, for a folder has one recipe."""
     if not path.exists():
         return None
     try:
-        return CategoryReport.from_json(path)
+        report = CategoryReport.from_json(path)
     except ReportError:
         return None
+    tsdi = None if job.tsdi is None else file_fingerprint(Path(job.tsdi) / TOKEN_BIAS_FILE)
+    weights = model_fingerprint(job.model.id, job.model.revision)
+    same = (report.engine.get("weights"), report.engine.get("tsdi")) == (weights, tsdi)
+    return report if same else None
+
+
+def _write(report: CategoryReport, paths: Sequence[Path | None]) -> None:
+    for path in paths:
+        if path is not None:
+            report.to_json(path)
 
 
 def _metrics(report: CategoryReport) -> dict[str, float]:

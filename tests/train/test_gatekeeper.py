@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def test_a_report_that_is_there_is_not_made_again(gatekeeper: Gatekeeper) -> Non
     gatekeeper.context.unsafe_counts = None
     assert again.evaluate(BASE, "base-0", gatekeeper.context.base_folder) == first
     assert gatekeeper.context.unsafe_counts == {"S1": (0, 2), "S2": (0, 2), "S10": (0, 2)}
-    assert len(gatekeeper.logged) == 1  # type: ignore[attr-defined]
+    metrics, once_more = gatekeeper.logged  # type: ignore[attr-defined]
+    assert once_more == metrics  # the file leaves out what it has
 
 
 @pytest.mark.usefixtures("quick_reports")
@@ -161,7 +163,23 @@ def test_a_verdict_is_recorded_once(gatekeeper: Gatekeeper) -> None:
         gatekeeper.decide(ALIGNED, label, folder)
     assert [line["label"] for line in verdicts(gatekeeper)] == ["safe-2", "safe-4"]
     logged = [entry for entry in gatekeeper.logged if "gate/exit_code" in entry[0]]  # type: ignore[attr-defined]
-    assert [label for _, _, label in logged] == ["safe-2", "safe-4"]
+    assert [label for _, _, label in logged] == ["safe-2", "safe-4", "safe-4"]
+    assert logged[1] == logged[2]  # the file leaves out what it has
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_going_through_old_verdicts_again_promotes_nothing(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
+    """A run that is resumed decides anew on the stages that are finished; the state promoted after them stays."""
+    base = gatekeeper.context.base_folder
+    later = tmp_path / "later"
+    shutil.copytree(base, later)
+    (later / "later.txt").touch()
+    gatekeeper.evaluate(BASE, "base-0", base)
+    for label, folder in (("helpful-2", base), ("safe-4", str(later)), ("helpful-2", base)):
+        gatekeeper.evaluate(ALIGNED, label, folder)
+        gatekeeper.decide(ALIGNED, label, folder)
+    assert (gatekeeper.context.run_dir / "promoted" / "later.txt").exists()
+    assert [line["label"] for line in verdicts(gatekeeper)] == ["helpful-2", "safe-4"]
 
 
 def no_bias() -> TokenBias:
