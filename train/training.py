@@ -15,8 +15,8 @@ from transformers.training_args import TrainingArguments
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train import preemption
-from equipoise.train.model import merged, save_adapter, save_merged, save_policy
-from equipoise.train.recipe import Recipe
+from equipoise.train.model import adapters_in_fp32, merged, save_adapter, save_merged, save_policy
+from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
 
@@ -47,7 +47,7 @@ def save_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
         write_aside(folder / STATE_FILE, json.dumps(state) + "\n")
 
 
-def save_trained(trainer: Any, policy: str, folder: Path) -> str:
+def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -> str:
     """Save the trained policy to `model/`, its adapter to `adapter/` and the category state; returns the model folder.
 
     policy: the folder that the stage started from. Collective: every rank has to call it.
@@ -56,9 +56,13 @@ def save_trained(trainer: Any, policy: str, folder: Path) -> str:
     main = trainer.accelerator.is_main_process
     if main:
         save_adapter(trained, policy, folder / "adapter")
-    final = merged(trained)
+    if config.quantization != "none":  # the adapter goes onto the weights that were quantised, not onto what was left
+        save_merged(trained, trainer.processing_class, config, folder / "model")
+    else:
+        final = merged(trained)
+        if main:
+            save_policy(final, trainer.processing_class, folder / "model")
     if main:
-        save_policy(final, trainer.processing_class, folder / "model")
         write_aside(folder / STATE_FILE, json.dumps(trainer.terms.state_dict()) + "\n")
     trainer.accelerator.wait_for_everyone()
     return str(folder / "model")
@@ -113,6 +117,7 @@ def train(
     load_state takes what the trainer wrote into the checkpoint's `STATE_FILE`. Raises TrainingError when it does not
     fit, Preempted when the process was told to end: a checkpoint of the last step is saved then.
     """
+    adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressCallback(context.progress, f"{name}: training"))
     if context.recipe.gate.every and stage.evaluate:

@@ -22,7 +22,7 @@ from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.engine import GenerationSettings, end_tokens
 from equipoise.eval.scorer import load_scorer
 from equipoise.train.losses.lagrange import ALL, Multipliers
-from equipoise.train.model import default_device, load_policy, peft_config
+from equipoise.train.model import default_device, load_policy, load_trainable, peft_config
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.recipe.stages import CategoryConfig
@@ -59,7 +59,7 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
     num_prompts = prompts_per_step(stage)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
     tasks = stage_tasks(stage, context.data, recipe.seed)
-    model, tokenizer = load_policy(recipe.model, policy, context.say)
+    model, tokenizer = load_trainable(recipe.model, policy, context.say)
     drawn, num_steps, too_long = draw_tasks(tasks, stage, tokenizer, recipe, num_prompts)
     if too_long:
         context.say(
@@ -73,12 +73,12 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
         "num_too_long": len(too_long),
         "num_draws": len(drawn),
     }
-    before = _before(name, stage, model, tokenizer, tasks.held_out, context)
+    before = _before(name, stage, policy, model, tokenizer, tasks.held_out, context)
     names = sorted({task.category for task in drawn})
     terms = CategoryTerms(CategoryConfig(weight=stage.weight), names, [task.category for task in drawn])
     trainer = _trainer(name, stage, model, tokenizer, drawn, names, terms, num_steps, context)
     train(trainer, name, stage, context, trainer.load_state_dict)
-    model_folder = save_trained(trainer, policy, context.stage_dir(name))
+    model_folder = save_trained(trainer, policy, recipe.model, context.stage_dir(name))
     if trainer.multipliers is not None:
         facts["multipliers"] = trainer.multipliers.metrics()
     del trainer, model  # or two models would be in memory
@@ -263,6 +263,7 @@ def _arguments(stage: GRPOStageConfig, recipe: Recipe, folder: Path, num_steps: 
 def _before(
     name: str,
     stage: GRPOStageConfig,
+    policy: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[Task],
@@ -274,6 +275,8 @@ def _before(
         return None
     if path.exists():
         return TaskScores.from_json(path.read_text(encoding="utf-8"))
+    if context.recipe.model.quantization != "none":  # asked as it will be behind the stage: in full precision
+        model, _ = load_policy(context.recipe.model, policy)
     before = _ask(name, stage, model.to(default_device()), tokenizer, held_out, context, "before")
     if PartialState().is_main_process:
         context.log(before.metrics(), 0, name)

@@ -18,6 +18,7 @@ from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers, encode_chosen
 from equipoise.train.model import (
     load_policy,
+    load_trainable,
     peft_config,
     uses_frozen_copy,
 )
@@ -90,7 +91,7 @@ def train_on_log_ratios(
     started = time.perf_counter()
     recipe, folder = context.recipe, context.stage_dir(name)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
-    model, tokenizer = load_policy(recipe.model, policy, context.say)
+    model, tokenizer = load_trainable(recipe.model, policy, context.say)
     drawn = prepare(tokenizer)
     terms = CategoryTerms(stage.category, drawn.category_names, list(drawn.rows["category"]))
     if context.unsafe_counts is not None:
@@ -122,7 +123,7 @@ def train_on_log_ratios(
     if before is not None:
         after = reference_cache.weights_fingerprint(watched)
         assert after == before, "the reference's weights changed during training"
-    model_folder = save_trained(trainer, policy, folder)
+    model_folder = save_trained(trainer, policy, recipe.model, folder)
     seconds = time.perf_counter() - started
     facts: dict[str, object] = {
         "num_steps": drawn.num_steps,

@@ -20,7 +20,7 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.losses.lagrange import ALL, Multipliers
-from equipoise.train.model import merged, save_merged, save_policy
+from equipoise.train.model import save_merged
 from equipoise.train.pairs import encode_pairs
 from equipoise.train.preemption import deferred
 from equipoise.train.recipe import Recipe
@@ -92,9 +92,7 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
     with deferred():
         trainer.train(start)
     model_folder = folder / "model"
-    final = merged(models.acting())
-    if accelerator.is_main_process:
-        save_policy(final, models.tokenizer, model_folder)
+    save_merged(models.acting(), models.tokenizer, recipe.model, model_folder)
     accelerator.wait_for_everyone()
     facts = {
         "num_steps": num_steps,

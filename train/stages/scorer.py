@@ -20,7 +20,7 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.scorer import Scorer
 from equipoise.eval.scorer_card import ScorerCard
 from equipoise.eval.statistics import wilson_interval
-from equipoise.train.model import load_policy, peft_config
+from equipoise.train.model import load_trainable, peft_config
 from equipoise.train.pairs import can_share_prompt, encode_pairs
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.stages import (
@@ -57,7 +57,7 @@ def _train_scorer(
     started = time.perf_counter()
     recipe, folder = context.recipe, context.stage_dir(name)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
-    model, tokenizer = load_policy(recipe.model, policy, context.say)
+    model, tokenizer = load_trainable(recipe.model, policy, context.say)
     ends = end_tokens(model, tokenizer)
     pairs, facts = scorer_pairs(stage, context.data)
     training, held_out = split_by_prompt(pairs, stage.held_out_fraction, recipe.seed)

@@ -10,7 +10,7 @@ from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import EncodingLimits
 from equipoise.train.answers import chosen_answers, encode_answers
-from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
+from equipoise.train.model import load_trainable, peft_config, uses_frozen_copy
 from equipoise.train.recipe.stages import CategoryConfig, SFTStageConfig
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
@@ -43,7 +43,7 @@ def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext
     started = time.perf_counter()
     recipe, folder = context.recipe, context.stage_dir(name)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
-    model, tokenizer = load_policy(recipe.model, policy, context.say)
+    model, tokenizer = load_trainable(recipe.model, policy, context.say)
     exchanges, num_unsafe = stage_answers(stage, context)
     if num_unsafe:
         context.say(f"{name}: {num_unsafe} chosen answers are labelled unsafe and left out")
@@ -82,7 +82,7 @@ def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext
         peft_config=peft_config(recipe.model),
     )
     train(trainer, name, stage, context, terms.load_state_dict)
-    model_folder = save_trained(trainer, policy, folder)
+    model_folder = save_trained(trainer, policy, recipe.model, folder)
     facts: dict[str, object] = {
         "num_steps": num_steps,
         "num_answers": len(encoded.ids),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.eval.scorer import Scorer, load_scorer, load_scorer_head
 from equipoise.eval.scorer_card import ScorerError, read_card, weights_hash
-from equipoise.train.model import load_policy, peft_config, uses_frozen_copy
+from equipoise.train.model import load_policy, load_trainable, peft_config, uses_frozen_copy
 from equipoise.train.recipe import ModelConfig
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm
 from equipoise.train.trainers.rollout import RolloutBatch
@@ -170,7 +170,7 @@ def load_shared(
     """
     new = peft_config(config)
     assert new is not None, "checked with the recipe: the shared layout needs adapters"
-    backbone, tokenizer = load_policy(config, policy_folder)
+    backbone, tokenizer = load_trainable(config, policy_folder)
     policy = get_peft_model(backbone, new, adapter_name=POLICY)
     models = SafeRLHFModels(policy, tokenizer, shared=True)
     for kind, folder in scorer_folders.items():
