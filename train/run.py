@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import datasets
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
@@ -25,7 +23,7 @@ from equipoise.data.files import write_aside
 from equipoise.data.preparation import Helpers
 from equipoise.data.report import write_preparation
 from equipoise.data.schema import Turn
-from equipoise.data.sources import load_data
+from equipoise.data.sources import SafetyData, load_data
 from equipoise.data.taxonomy import OTHER
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
@@ -34,6 +32,8 @@ from equipoise.eval.judges.loading import load_judge
 from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.eval.terminal import Progress, console, say
 from equipoise.eval.terminal_table import category_table
+from equipoise.train.checkpoints import remove_checkpoints
+from equipoise.train.claim import claimed, forced
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.planning.dry_run import plan
@@ -85,8 +85,14 @@ def run(recipe: Recipe) -> int:
         with Progress() as progress:
             plan(recipe, data, base_folder, say, progress)
         return 0
+    with claimed(run_dir, recipe):
+        return _run(recipe, data, run_dir, base_folder)
+
+
+def _run(recipe: Recipe, data: SafetyData, run_dir: Path, base_folder: str) -> int:
+    """The rest of `run`, in a folder that is this recipe's."""
+    state = PartialState()
     if state.is_main_process:
-        _claim(run_dir, recipe)
         for name, preparation in data.preparations.items():
             if preparation.asked:
                 write_preparation(run_dir / "data" / name.replace("/", "-"), name, preparation)
@@ -102,7 +108,8 @@ def run(recipe: Recipe) -> int:
                 run_dir=run_dir,
                 base_folder=base_folder,
                 log=tracker.log if tracker is not None else lambda metrics, step, stage: None,
-                log_table=tracker.log_table if tracker is not None else lambda name, table, stage: None,
+                log_evaluation=tracker.log_evaluation if tracker is not None else lambda content, label: None,
+                log_promoted=tracker.log_promoted if tracker is not None else lambda *promoted: None,
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
@@ -233,9 +240,15 @@ def _run_stage(name: str, stage: StageConfig, policy: str, context: StageContext
     if PartialState().is_main_process:
         # The last file written: a stage without it is run again.
         write_aside(context.stage_dir(name) / "done.json", result.to_json())
-        shutil.rmtree(context.stage_dir(name) / "checkpoints", ignore_errors=True)
-    PartialState().wait_for_everyone()
+    _remove_checkpoints(name, context)
     return result
+
+
+def _remove_checkpoints(name: str, context: StageContext) -> None:
+    """Those of a finished stage, or all but the last."""
+    if PartialState().is_main_process:
+        remove_checkpoints(context.stage_dir(name) / "checkpoints", keep_last=context.recipe.resume.keep_last)
+    PartialState().wait_for_everyone()
 
 
 def _resumed(context: StageContext, name: str) -> StageResult | None:
@@ -245,6 +258,7 @@ def _resumed(context: StageContext, name: str) -> StageResult | None:
         return None
     bias = context.stage_dir(name) / TOKEN_BIAS_FILE
     context.say(f"{name}: finished before, kept")
+    _remove_checkpoints(name, context)
     return StageResult.from_json(
         path.read_text(encoding="utf-8"), TokenBias.load(bias) if bias.exists() else None
     )
@@ -278,34 +292,6 @@ def _base_folder(recipe: Recipe, state: PartialState) -> str:
         return resolve_model(recipe.model.id, recipe.model.revision, notify=say)
 
 
-def _claim(run_dir: Path, recipe: Recipe) -> None:
-    """Write the resolved recipe, or compare it with the one the folder was made for."""
-    path = run_dir / "recipe.yaml"
-    mine = asdict(recipe)
-    if path.exists():
-        theirs = yaml.safe_load(path.read_text())
-        differing = sorted(_different(theirs, mine))
-        if differing:
-            raise RecipeError(
-                f"{run_dir} holds a run of another recipe; these keys differ: {', '.join(differing)}. Give this one "
-                "another name or seed (name=…, seed=…, output_dir=…), or remove the folder."
-            )
-        say(f"{run_dir}: going on with what is there")
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_aside(path, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
-
-
-def _different(a: Any, b: Any, prefix: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [f"{prefix}.{k}".lstrip(".") for k in a.keys() ^ b.keys()]
-        for key in a.keys() & b.keys():
-            keys += _different(a[key], b[key], f"{prefix}.{key}".lstrip("."))
-        return keys
-    ignored = prefix.startswith("tracking") or prefix in ("dry_run", "output_dir")
-    return [] if a == b or ignored else [prefix]
-
-
 def _finish(
     context: StageContext,
     gatekeeper: Gatekeeper,
@@ -333,6 +319,8 @@ def _finish(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "peak_memory_bytes": peak,
     }
+    if changed := forced(run_dir):
+        summary["forced"] = changed
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if gatekeeper.reports:
         rows = None

@@ -15,13 +15,12 @@ from transformers.training_args import TrainingArguments
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train import preemption
+from equipoise.train.checkpoints import STATE_FILE, find_checkpoint, read_manifest, step_of
+from equipoise.train.claim import launch, recipe_digest, versions
 from equipoise.train.model import adapters_in_fp32, merged, save_adapter, save_merged, save_policy
 from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
-
-STATE_FILE = "category_state.json"
-"""Written last into a checkpoint: a checkpoint without it is not complete."""
 
 
 class TrainingError(EquipoiseError):
@@ -40,13 +39,6 @@ def stop_non_finite(trainer: Trainer, what: str, rows: Sequence[Mapping[str, obj
     )
 
 
-def save_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Write `state` into the checkpoint that the trainer has just saved: the last file of a complete one."""
-    if trainer.accelerator.is_main_process:
-        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        write_aside(folder / STATE_FILE, json.dumps(state) + "\n")
-
-
 def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -> str:
     """Save the trained policy to `model/`, its adapter to `adapter/` and the category state; returns the model folder.
 
@@ -56,7 +48,9 @@ def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -
     main = trainer.accelerator.is_main_process
     if main:
         save_adapter(trained, policy, folder / "adapter")
-    if config.quantization != "none":  # the adapter goes onto the weights that were quantised, not onto what was left
+    if (
+        config.quantization != "none"
+    ):  # the adapter goes onto the weights that were quantised, not onto what was left
         save_merged(trained, trainer.processing_class, config, folder / "model")
     else:
         final = merged(trained)
@@ -68,9 +62,10 @@ def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -
     return str(folder / "model")
 
 
-def examples_per_step(stage: TrainingConfig) -> int:
-    """Examples of one optimizer step, over all ranks and accumulation."""
-    return stage.per_device_batch_size * stage.gradient_accumulation_steps * PartialState().num_processes
+def examples_per_step(stage: TrainingConfig, num_processes: int | None = None) -> int:
+    """Examples of one optimizer step, over accumulation and all ranks (None: of this launch)."""
+    num_ranks = PartialState().num_processes if num_processes is None else num_processes
+    return stage.per_device_batch_size * stage.gradient_accumulation_steps * num_ranks
 
 
 def training_arguments(stage: TrainingConfig, recipe: Recipe, folder: Path, num_steps: int) -> dict[str, Any]:
@@ -96,7 +91,6 @@ def training_arguments(stage: TrainingConfig, recipe: Recipe, folder: Path, num_
         "remove_unused_columns": False,
         "save_strategy": "steps" if stage.save_every else "no",
         "save_steps": max(stage.save_every, 1),
-        "save_total_limit": 2,
         "logging_strategy": "no",  # exact metrics are written instead, see `metrics.py`
         "report_to": [],
         "disable_tqdm": True,
@@ -124,38 +118,58 @@ def train(
         trainer.add_callback(_GateCallback(trainer, name, context))
     ending = _PreemptionCallback()
     trainer.add_callback(ending)  # the last: what the others do belongs to the step that is saved
-    checkpoint = resume_from(Path(trainer.args.output_dir), load_state, context.say)
-    context.rewind(name, int(checkpoint.name.split("-")[1]) if checkpoint else 0)
+    trainer.belongs_to = belongs_to(stage, context.recipe)
+    folder = Path(trainer.args.output_dir)
+    checkpoint = resume_from(folder, trainer.args.max_steps, stage, context, load_state)
+    context.rewind(name, step_of(checkpoint) if checkpoint else 0)
     with preemption.deferred():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if ending.ended:
             raise preemption.Preempted  # on every rank, whichever got the signal
 
 
+def belongs_to(stage: TrainingConfig, recipe: Recipe) -> dict[str, object]:
+    """What a checkpoint belongs to, for its manifest."""
+    return {
+        "recipe": recipe_digest(recipe),
+        "examples_per_step": examples_per_step(stage),
+        **launch(),
+        "versions": versions(),
+    }
+
+
 def resume_from(
-    folder: Path, load_state: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]
+    folder: Path,
+    num_steps: int,
+    stage: TrainingConfig,
+    context: StageContext,
+    load_state: Callable[[Mapping[str, Any]], None],
 ) -> Path | None:
-    """The newest complete checkpoint, its state loaded; incomplete ones are named and passed over."""
-    for checkpoint in checkpoints(folder):
-        try:
-            state = json.loads((checkpoint / STATE_FILE).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            say(f"{checkpoint} is not complete (interrupted while saving) and passed over")
-            continue
-        try:
-            load_state(state)
-        except ValueError as error:
-            raise TrainingError(
-                f"{checkpoint}: {error}; remove the folder to start the stage anew"
-            ) from error
-        say(f"resuming from {checkpoint}")
-        return checkpoint
-    return None
+    """The newest checkpoint that is whole, its state loaded, or None: the stage begins anew. Collective.
+
+    num_steps: of the stage. Raises TrainingError when the checkpoint is one of another run.
+    """
+    checkpoint = find_checkpoint(folder, context.say)
+    if checkpoint is None:
+        return None
+    try:
+        _check_belongs(checkpoint, num_steps, stage, context.recipe)
+        load_state(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise TrainingError(f"{checkpoint}: {error}; remove the folder to start the stage anew") from error
+    context.say(f"resuming from {checkpoint}")
+    return checkpoint
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+def _check_belongs(checkpoint: Path, num_steps: int, stage: TrainingConfig, recipe: Recipe) -> None:
+    """Raise ValueError where the checkpoint is not this run's; what `resume.force` may change was looked at before."""
+    saved, mine = read_manifest(checkpoint), belongs_to(stage, recipe)
+    if step_of(checkpoint) > num_steps:
+        raise ValueError(f"it stands behind step {step_of(checkpoint)}, and the stage has {num_steps} steps")
+    compared = ["examples_per_step"] if recipe.resume.force else [key for key in mine if key != "versions"]
+    for key in compared:
+        if saved.get(key) != mine[key]:
+            raise ValueError(f"it was saved with {key} {saved.get(key)!r}, this run has {mine[key]!r}")
 
 
 class ProgressCallback(TrainerCallback):

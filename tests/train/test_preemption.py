@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from equipoise.train import cli, preemption
+from equipoise.train.checkpoints import STATE_FILE
 from equipoise.train.preemption import REQUEUE, Preempted
 from equipoise.train.recipe.stages import PreferenceStageConfig
-from equipoise.train.training import STATE_FILE, ProgressCallback
+from equipoise.train.training import ProgressCallback
 
 
 def raise_signal(number: int = signal.SIGTERM) -> None:

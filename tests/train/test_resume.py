@@ -1,11 +1,14 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
+from equipoise.train.checkpoints import MANIFEST, STATE_FILE, read_manifest
 from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe.stages import (
     CategoryConfig,
@@ -16,7 +19,7 @@ from equipoise.train.recipe.stages import (
     TokenBiasPenaltyConfig,
     WeightConfig,
 )
-from equipoise.train.training import STATE_FILE, TrainingError
+from equipoise.train.training import TrainingError
 
 
 @pytest.fixture
@@ -81,10 +84,10 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(
     whole = train_stage(stage, run="whole")
     interrupt(train_stage, stage, step=6)
     found = checkpoints(tmp_path)
-    (found["checkpoint-4"] / STATE_FILE).unlink()
+    (found["checkpoint-4"] / MANIFEST).unlink()
     resumed = train_stage(stage, run="interrupted")
     assert resumed.said == [
-        f"{found['checkpoint-4']} is not complete (interrupted while saving) and passed over",
+        f"{found['checkpoint-4']}: it has no manifest.json (interrupted while it was written or removed); passed over",
         f"resuming from {found['checkpoint-2']}",
     ]
     assert resumed.started_at == 2
@@ -92,18 +95,102 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
-def test_the_state_file_is_a_checkpoints_last(
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bit": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+        "optimizer.pt is not what was written (its hash differs)",
+    ),
+    "torn": (lambda path: path.write_bytes(path.read_bytes()[:100]), "optimizer.pt has 100 bytes, "),
+    "missing": (Path.unlink, "optimizer.pt is missing"),
+    "manifest": (
+        lambda path: path.with_name(MANIFEST).write_text('{"files": {'),
+        "its manifest.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    damage: str, train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
+) -> None:
+    interrupt(train_stage, stage, step=6)
+    found = checkpoints(tmp_path)
+    spoil, said = DAMAGES[damage]
+    spoil(found["checkpoint-4"] / "optimizer.pt")
+    interrupted = train_stage(stage, run="interrupted")
+    assert interrupted.said[0].startswith(f"{found['checkpoint-4']}: {said}")
+    assert interrupted.started_at == 2
+
+
+def test_where_no_checkpoint_is_whole_the_stage_starts_anew_and_says_so(
+    train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
+) -> None:
+    interrupt(train_stage, stage, step=3)
+    (checkpoint,) = checkpoints(tmp_path).values()
+    (checkpoint / STATE_FILE).write_text('{"margin": [0.1')
+    again = train_stage(stage, run="interrupted")
+    assert again.started_at == 0
+    assert again.said[0].startswith(f"{checkpoint}: {STATE_FILE} has 15 bytes, ")
+    assert again.said[1].endswith("is whole (1 are damaged): THE STAGE STARTS ANEW")
+
+
+def test_a_manifest_names_every_file_and_what_the_checkpoint_belongs_to(
     train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
 ) -> None:
     interrupt(train_stage, stage, step=3)
     checkpoint = checkpoints(tmp_path)["checkpoint-2"]
-    written = {path.name: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
-    assert written[STATE_FILE] == max(written.values())
-    assert {"optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"} <= set(written)
-    (checkpoint / STATE_FILE).write_text('{"margin": [0.1')  # torn
-    again = train_stage(stage, run="interrupted")
-    assert again.started_at == 0
-    assert "is not complete" in again.said[0]
+    manifest = read_manifest(checkpoint)
+    files = manifest.pop("files")
+    assert set(files) == {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", STATE_FILE} <= set(files)
+    written = (checkpoint / "optimizer.pt").read_bytes()
+    assert files["optimizer.pt"] == {"size": len(written), "xxh3_128": xxhash.xxh3_128_hexdigest(written)}
+    assert manifest["versions"].keys() >= {"torch", "transformers", "trl"}
+    assert {key: manifest[key] for key in ("step", "num_processes", "engine", "examples_per_step")} == {
+        "step": 2,
+        "num_processes": 1,
+        "engine": "one process",
+        "examples_per_step": 8,
+    }
+    assert len(manifest["recipe"]) == 16
+
+
+def test_a_checkpoint_of_other_steps_is_refused(
+    train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
+) -> None:
+    """Whatever the folder says: the order of the data would not fit."""
+    interrupt(train_stage, stage, step=3)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2: it was saved with examples_per_step 8, this run has 4;"
+    ):
+        train_stage(replace(stage, gradient_accumulation_steps=1), run="interrupted", forced=True)
+    with pytest.raises(TrainingError, match="it stands behind step 2, and the stage has 1 steps"):
+        train_stage(replace(stage, num_steps=1), run="interrupted", forced=True)
+    with pytest.raises(TrainingError, match="it was saved with recipe '"):
+        train_stage(replace(stage, learning_rate=1.0), run="interrupted")
+
+
+def test_more_steps_end_where_as_many_from_the_start_do(
+    train_stage: Any, make_stage: Callable[..., PreferenceStageConfig], tmp_path: Path
+) -> None:
+    """At a constant learning rate. A schedule that the length decides goes on by the new length from there."""
+    long, short = make_stage(num_steps=5, save_every=2), make_stage(num_steps=3, save_every=2)
+    whole = train_stage(long, run="whole")
+    train_stage(short, run="interrupted")
+    assert set(checkpoints(tmp_path)) == {"checkpoint-2", "checkpoint-3"}
+    resumed = train_stage(long, run="interrupted", forced=True)
+    assert resumed.started_at == 3
+    assert resumed.metrics == whole.metrics[3:]
+    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_the_same_step_in_smaller_batches_goes_on(train_stage: Any, stage: PreferenceStageConfig) -> None:
+    whole = train_stage(stage, run="whole")
+    interrupt(train_stage, stage, step=3)
+    smaller = replace(stage, per_device_batch_size=2, gradient_accumulation_steps=4)
+    resumed = train_stage(smaller, run="interrupted", forced=True)
+    assert resumed.started_at == 2
+    assert resumed.series("train/loss") == pytest.approx(whole.series("train/loss")[2:], abs=1e-5)
 
 
 def test_without_checkpoints_a_stage_begins_anew(

@@ -11,6 +11,7 @@ from typing import Any
 from equipoise.data.config import DataConfig
 from equipoise.data.errors import EquipoiseError
 from equipoise.eval.config import JudgeConfig
+from equipoise.train.recipe.measuring import DiagnosticsConfig, PlanConfig, ProfileConfig
 
 
 class RecipeError(EquipoiseError):
@@ -52,6 +53,8 @@ class ModelConfig:
     """auto (adapter_off with LoRA, frozen_copy without) | adapter_off | frozen_copy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
+    quantization: str = "none"
+    """none | nf4 (QLoRA: while training the frozen weights take 4 bits; what is saved and judged has the originals)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -100,6 +103,15 @@ class GateConfig:
 
     every: int = 0
     """Optimizer steps between evaluations inside a stage; 0: after the stage only."""
+    where: str = "in_process"
+    """Where states are evaluated: in_process (every rank loads the saved model, they share the prompts) | subprocess
+    (one process of its own, while the ranks wait) | vllm (the same, its answers by vLLM)."""
+    devices: str | None = None
+    """subprocess, vllm: CUDA_VISIBLE_DEVICES of that process, as "7" or "6,7"; null: those of the first rank."""
+    timeout: float = 7200.0
+    """subprocess, vllm: seconds for one evaluation; the run ends with an error after that."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """vllm: further arguments of vllm.LLM (tensor_parallel_size, gpu_memory_utilization ...)."""
     rules: dict[str, Any] = field(default_factory=dict)
     """Fields of equipoise.eval.gate.GateRules."""
 
@@ -108,14 +120,33 @@ class GateConfig:
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl."""
 
-    name: str = "none"
-    """none | wandb."""
+    trackers: list[str] = field(default_factory=list)
+    """Any of wandb, tensorboard, trackio."""
     project: str = "equipoise"
-    """W&B project."""
-    mode: str = "auto"
-    """auto (online with a key, else offline) | online | offline."""
+    """wandb, trackio: the project."""
+    group: str | None = None
+    """wandb, trackio: runs that are shown together; scripts/sweep names the sweep here. None: $WANDB_RUN_GROUP."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags of the run."""
+    """wandb: tags of the run."""
+    mode: str = "auto"
+    """wandb: auto ($WANDB_MODE, else online with a key, else offline) | online | offline."""
+    log_model: str = "reference"
+    """wandb, trackio: what of a promoted model is kept as an artifact: reference (paths, sizes, hashes) | upload (its files
+    too) | none."""
+    init_timeout: float = 30.0
+    """wandb: seconds to wait for the server when the run starts; it goes on offline then."""
+    finish_timeout: float = 300.0
+    """wandb: seconds to wait for what is still to be sent when the run ends; `wandb sync` sends the rest."""
+
+
+@dataclass
+class ResumeConfig:
+    """How an interrupted run goes on: the same command, in the same folder."""
+
+    force: bool = False
+    """Go on although the recipe or the number of processes has changed, where that is sound (train/README.md)."""
+    keep_last: bool = False
+    """Keep the last checkpoint of a finished stage: with resume.force it can be trained on for more steps."""
 
 
 @dataclass
@@ -137,10 +168,14 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     """For stages to refer to as ${loss}: the group loss/."""
     dry_run: bool = False
-    """Load data and tokenizer, print the plan, and stop."""
+    """Load data and tokenizer, print the plan, and stop; exit code 2 where the recipe cannot fit."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)

@@ -19,6 +19,7 @@ from equipoise.data.templates import EncodingLimits, encode_turns
 from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.scorer import cut_behind_end
+from equipoise.train.checkpoints import step_of
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import save_merged
 from equipoise.train.pairs import encode_pairs
@@ -39,7 +40,7 @@ from equipoise.train.trainers.completion_head import base_causal_lm
 from equipoise.train.trainers.rollout import Sampler, TransformersSampler, VLLMSampler
 from equipoise.train.trainers.safe_rlhf import Answers, Draws, SafeRLHFTrainer
 from equipoise.train.trainers.safe_rlhf_models import check_backbone, load_separate, load_shared
-from equipoise.train.training import TrainingError, examples_per_step, resume_from
+from equipoise.train.training import TrainingError, belongs_to, examples_per_step, resume_from
 
 
 def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: StageContext) -> StageResult:
@@ -83,11 +84,12 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         progress=lambda done, total: context.progress(done, total, f"{name}: training"),
         step_end=lambda step: _gate(name, stage, trainer, step, context),
     )
-    checkpoint = resume_from(trainer.folder, trainer.load_state, context.say)
+    trainer.belongs_to = belongs_to(stage, recipe)
+    checkpoint = resume_from(trainer.folder, trainer.num_steps, stage, context, trainer.load_state)
     start = 0
     if checkpoint is not None:
         trainer.load_weights(checkpoint)
-        start = int(checkpoint.name.split("-")[1])
+        start = step_of(checkpoint)
     context.rewind(name, start)
     with deferred():
         trainer.train(start)

@@ -19,7 +19,6 @@ are clipped a role; AdamW's betas are PyTorch's; answers whose score is not fini
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,10 +34,10 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from equipoise.data.files import write_aside
+from equipoise.train.checkpoints import STATE_FILE, save_checkpoint
 from equipoise.train.losses import ppo
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
-from equipoise.train.model import save_folder
 from equipoise.train.planning.phase_memory import PhaseMemory
 from equipoise.train.preemption import Preempted
 from equipoise.train.recipe.rl import SafeRLHFStageConfig
@@ -47,10 +46,7 @@ from equipoise.train.trainers.rollout import Episode, RolloutBatch, Sampler, col
 from equipoise.train.trainers.safe_rlhf_metrics import counts_of, gathered, metrics_of
 from equipoise.train.trainers.safe_rlhf_models import POLICY, SafeRLHFModels, critic
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import STATE_FILE, TrainingError, checkpoints, told_to_end
-
-KEPT = 2
-"""Checkpoints; the older ones are removed."""
+from equipoise.train.training import TrainingError, told_to_end
 
 
 @dataclass(frozen=True)
@@ -107,10 +103,12 @@ class SafeRLHFTrainer:
         self.multipliers, self.ptx = multipliers, ptx
         self.folder, self.seed = folder, seed
         self._log, self._progress, self._step_end = log, progress, step_end
+        self.belongs_to: Mapping[str, object] = {}
+        """For the manifests of checkpoints."""
         self.memory = PhaseMemory(accelerator.device)
         self.seconds = dict.fromkeys(("rollout", "scoring", "update"), 0.0)
         self.counts = dict.fromkeys(("num_episodes", "num_non_finite", "num_empty", "num_flat_groups"), 0)
-        """Over all steps since the start of this process."""
+        """Over all steps."""
         self.answers_a_rank = stage.per_device_batch_size * stage.gradient_accumulation_steps
         self.prompts_a_rank = self.answers_a_rank // stage.num_generations
         self.num_steps = len(draws.prompt_ids) // (self.prompts_a_rank * accelerator.num_processes)
@@ -346,12 +344,11 @@ class SafeRLHFTrainer:
         self._log({f"train/{name}": value for name, value in metrics.items()}, step)
 
     def _save(self, step: int) -> None:
-        """A checkpoint, whole or not at all; the newest two are kept."""
-        if self.accelerator.is_main_process:
-            save_folder(self.folder / f"checkpoint-{step}", self._write_checkpoint)
-            for old in checkpoints(self.folder)[KEPT:]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        """A checkpoint, whole or not at all. Every rank has the same, the first writes it."""
+        main = self.accelerator.is_main_process
+        save_checkpoint(
+            self.folder, step, self.belongs_to, self._write_checkpoint if main else lambda folder: None
+        )
 
     def _write_checkpoint(self, folder: Path) -> None:
         save_file(self.models.state_dict(), folder / "trained.safetensors")
@@ -359,7 +356,10 @@ class SafeRLHFTrainer:
             {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             folder / "optimizer.pt",
         )
-        state: dict[str, Any] = {"multipliers": self.multipliers.state_dict() if self.multipliers else None}
+        state: dict[str, Any] = {
+            "multipliers": self.multipliers.state_dict() if self.multipliers else None,
+            "counts": self.counts,
+        }
         write_aside(folder / STATE_FILE, json.dumps(state) + "\n")
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -368,6 +368,7 @@ class SafeRLHFTrainer:
             raise ValueError("it was saved with a cost and this stage has none, or the other way round")
         if self.multipliers is not None:
             self.multipliers.load_state_dict(state["multipliers"])
+        self.counts.update(state["counts"])
 
     def load_weights(self, folder: Path) -> None:
         """Restore the rest of a checkpoint; raises TrainingError when it is one of other models."""
