@@ -94,23 +94,32 @@ def evaluate(
     reference answer.
     """
     from equipoise.eval.generation.transformers_engine import TransformersEngine
-    from equipoise.eval.suites import helpfulness
+    from equipoise.eval.suites.helpfulness import ModelScorer
 
-    limit = settings.max_prompts_per_category
-    suites = [
-        _suite(HARMFUL, harmful.prompts(data), first_of_each(harmful.prompts(data), limit)),
-        _suite(LOOKALIKE, lookalike.prompts(data), first_of_each(lookalike.prompts(data), limit)),
-        _suite(
-            HELPFULNESS,
-            helpfulness.prompts(data),
-            helpfulness.prompts(data)[: settings.max_helpful_prompts],
-        ),
-    ]
+    suites = suites_of(data, settings)
     engines = [TransformersEngine(model, tokenizer, sampled, token_bias) for sampled in settings.by_sample()]
-    scorer = helpfulness.ModelScorer(
+    scorer = ModelScorer(
         model, tokenizer, settings.helpfulness_batch_size, settings.helpfulness_max_length, token_bias
     )
     return evaluate_suites(engines, suites, judge, settings, state, model_name, scorer, progress)
+
+
+def suites_of(data: SuiteData, settings: EvaluationSettings) -> list[Suite]:
+    """The harmful, look-alike and helpfulness suites, within the settings' limits.
+
+    Raises DataError where a helpful prompt lacks its reference answer.
+    """
+    from equipoise.eval.suites import helpfulness
+
+    available = {
+        HARMFUL: harmful.prompts(data),
+        LOOKALIKE: lookalike.prompts(data),
+        HELPFULNESS: helpfulness.prompts(data),
+    }
+    limit = settings.max_prompts_per_category
+    asked = {name: first_of_each(prompts, limit) for name, prompts in available.items()}
+    asked[HELPFULNESS] = list(available[HELPFULNESS][: settings.max_helpful_prompts])
+    return [Suite(name, asked[name], len(prompts)) for name, prompts in available.items()]
 
 
 def evaluate_suites(
@@ -166,10 +175,6 @@ def evaluate_suites(
         suites=tuple(_plain(suite.facts) for suite in suites if suite.facts),
         engine=_plain(engines[0].description) if engines else {},
     )
-
-
-def _suite(name: str, available: Sequence[Exchange], asked: Sequence[Exchange]) -> Suite:
-    return Suite(name, asked, len(available))
 
 
 def _answered_and_judged(

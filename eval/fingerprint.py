@@ -1,6 +1,7 @@
 """What tells one model from another whatever it is called: the hash of its files, or the commit of a hub id."""
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -15,7 +16,8 @@ _SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".py", ".txt")
 def model_fingerprint(resolved: str, revision: str | None = None) -> str:
     """`sha256:...` over every file of a folder that decides what the model says; `commit:...` of a hub id.
 
-    resolved: as `resolve_model` returns it. Reads all the weights: about a second for a gigabyte.
+    resolved: as `resolve_model` returns it. Reads all the weights, about a second for a gigabyte, but those that this
+    process has read before.
     Raises EquipoiseError where the commit of a hub id cannot be found out.
     """
     folder = Path(resolved)
@@ -34,8 +36,15 @@ def model_fingerprint(resolved: str, revision: str | None = None) -> str:
 
 
 def file_fingerprint(path: Path | str) -> str:
-    """`sha256:...` of a file."""
-    with Path(path).open("rb") as file:
+    """`sha256:...` of a file; one that is as it was when this process last read it is not read again."""
+    path = Path(path).absolute()
+    status = path.stat()
+    return _hash_of_file(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_file(path: Path, inode: int, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 

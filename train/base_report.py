@@ -1,42 +1,40 @@
 """The starting model's evaluation on disk: made once, reused by every run that would find the same.
 
 A sweep asks its base the same prompts in every point. The file's name is everything that determines the report:
-weights, dtype, device, prompts, settings, judge and library versions. Decoding is greedy, judges are deterministic.
+weights, dtype, device, engine, prompts, settings, judge and library versions. Decoding is greedy, judges are
+deterministic.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from equipoise.data.sources import SafetyData
 from equipoise.eval.cache import digest
 from equipoise.eval.category_report import CategoryReport, ReportError
-from equipoise.eval.evaluator import EvaluationSettings
 from equipoise.eval.fingerprint import model_fingerprint
-from equipoise.eval.judges.base import Judge
+from equipoise.eval.job import EvaluationJob
+from equipoise.eval.judges.base import JudgeCard
 from equipoise.eval.models import default_cache_dir
 from equipoise.train.model import default_device
-from equipoise.train.recipe import Recipe
 
 
-def report_file(
-    recipe: Recipe, data: SafetyData, judge: Judge, settings: EvaluationSettings, model_folder: str
-) -> Path:
-    """Where the report of the model in `model_folder` under these settings lives.
+def report_file(job: EvaluationJob, judge: JudgeCard) -> Path:
+    """Where the report that `job` would make lives.
 
     Reads all weights of a local model, about a second for a gigabyte. Raises EquipoiseError where the commit of a hub
     id cannot be found out.
     """
     determines: Mapping[str, Any] = {
-        "weights": model_fingerprint(model_folder, recipe.model.revision),
-        "dtype": recipe.model.dtype,
-        "attn_implementation": recipe.model.attn_implementation,
-        "device": str(default_device()).split(":")[0],
-        "prompts": digest([data.harmful_prompts, data.lookalike_prompts, data.helpful_prompts]),
-        "settings": asdict(settings),
-        "judge": [asdict(judge.card), asdict(recipe.judge)],
+        "weights": model_fingerprint(job.model.id, job.model.revision),
+        "dtype": job.model.dtype,
+        "attn_implementation": job.model.attn_implementation,
+        "device": default_device().type,
+        "engine": job.engine,
+        "prompts": job.prompts,
+        "settings": job.settings,
+        "judge": [judge, job.judge],
         "versions": {package: version(package) for package in ("equipoise", "torch", "transformers")},
     }
     return default_cache_dir() / "base_reports" / f"{digest(determines)}.json"

@@ -62,9 +62,7 @@ class Gatekeeper:
     @property
     def promoted(self) -> str | None:
         """State of the model in `promoted/`, as gate.jsonl has it: an interrupted run may have put it there."""
-        path = self.context.run_dir / "gate.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        states = [verdict["state"] for verdict in map(json.loads, lines) if verdict["promoted"]]
+        states = [verdict["state"] for verdict in self._recorded() if verdict["promoted"]]
         return states[-1] if states else None
 
     def evaluate(
@@ -92,8 +90,8 @@ class Gatekeeper:
                 from_first(lambda: _write(report, [path, shared] if made else [path]))
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
+        context.log(_metrics(report), 0, label)
         if new:
-            context.log(_metrics(report), 0, label)
             shown = {s: r for s, r in self.reports.items() if s in (BASE, state)}
             names = find_taxonomy(context.recipe.data.taxonomy).names
             context.log_evaluation(ReportContent(label, shown, category_names=names), label)
@@ -171,18 +169,19 @@ class Gatekeeper:
             )
         return report
 
-    def _record(self, verdict: dict[str, Any]) -> bool:
-        """Write a verdict to gate.jsonl, in place of the one that an interrupted run gave there; whether it is new."""
+    def _recorded(self) -> list[dict[str, Any]]:
+        """The verdicts in gate.jsonl, an interrupted run's included."""
         path = self.context.run_dir / "gate.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        line = json.dumps(verdict, ensure_ascii=False)
-        if line in lines:
-            return False
-        places = [at for at, old in enumerate(lines) if json.loads(old)["label"] == verdict["label"]]
-        for at in places:
-            lines[at] = line
-        write_aside(path, "".join(f"{text}\n" for text in (lines if places else [*lines, line])))
-        return True
+        return [*map(json.loads, path.read_text(encoding="utf-8").splitlines())] if path.exists() else []
+
+    def _record(self, verdict: dict[str, Any]) -> None:
+        """Write a verdict to gate.jsonl, in place of the one that an interrupted run gave on the same evaluation."""
+        verdicts = self._recorded()
+        places = [at for at, old in enumerate(verdicts) if old["label"] == verdict["label"]]
+        for at in places or [len(verdicts)]:
+            verdicts[at : at + 1] = [verdict]
+        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in verdicts]
+        write_aside(self.context.run_dir / "gate.jsonl", "".join(lines))
 
     def write_html(
         self,
@@ -234,14 +233,16 @@ class Gatekeeper:
 
         def keep() -> None:
             self._write_label(state, label)
-            verdict = {"label": label, "promoted": passed, **result.to_dict()}
+            verdict = json.loads(json.dumps({"label": label, "promoted": passed, **result.to_dict()}))
             promoted = self.context.run_dir / "promoted"
-            if passed:
+            known = verdict in self._recorded()  # a run that is resumed decides on its finished stages again
+            if passed and not known:
                 promote(Path(model_folder), token_bias, promoted)
-            if self._record(verdict):
-                self.context.log(result.metrics(), 0, label)
+            if not known:
+                self._record(verdict)
                 if passed:
                     self.context.log_promoted(promoted, ("promoted", state, label), verdict)
+            self.context.log(result.metrics(), 0, label)
 
         from_first(keep)
         return result

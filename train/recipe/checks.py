@@ -1,6 +1,7 @@
 """Values and combinations of a recipe that cannot work, found before any model is loaded."""
 
 import difflib
+import importlib.util
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -13,10 +14,19 @@ from equipoise.data.errors import DataError
 from equipoise.data.sources import FILE_SOURCES, SHIPPED_PARTS, source_names
 from equipoise.data.sources.files import LABELLED_FIELDS, PAIR_FIELDS
 from equipoise.data.taxonomy import load_taxonomy
-from equipoise.train.recipe import DataConfig, GateConfig, LossConfig, ModelConfig, Recipe, RecipeError
+from equipoise.train.recipe import (
+    DataConfig,
+    GateConfig,
+    LossConfig,
+    ModelConfig,
+    Recipe,
+    RecipeError,
+    TrackingConfig,
+)
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "safedpo")
 MARGIN_LOSSES = ("sigmoid", "hinge", "robust", "safedpo")
+TRACKERS = ("wandb", "tensorboard", "trackio")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 DATA_FIELDS = sorted(PAIR_FIELDS | LABELLED_FIELDS)
@@ -95,9 +105,19 @@ def check_recipe(recipe: Recipe, problems: Problems) -> None:
     at_least(1, "evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, problems)
     at_least(1, "evaluation.batch_size", recipe.evaluation.batch_size, problems)
     _check_gate(recipe.gate, problems)
-    problems.one_of("tracking.name", recipe.tracking.name, ("none", "wandb"))
-    problems.one_of("tracking.mode", recipe.tracking.mode, ("auto", "online", "offline"))
+    _check_tracking(recipe.tracking, problems)
     _check_shared(recipe, problems)
+
+
+def _check_tracking(tracking: TrackingConfig, problems: Problems) -> None:
+    for name in tracking.trackers:
+        problems.one_of("tracking.trackers", name, TRACKERS)
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            problems.add("tracking.trackers", f"{name} is not installed: pip install 'equipoise[{name}]'")
+    problems.one_of("tracking.mode", tracking.mode, ("auto", "online", "offline"))
+    problems.one_of("tracking.log_model", tracking.log_model, ("reference", "upload", "none"))
+    positive("tracking.init_timeout", tracking.init_timeout, problems)
+    positive("tracking.finish_timeout", tracking.finish_timeout, problems)
 
 
 def _check_shared(recipe: Recipe, problems: Problems) -> None:
@@ -146,6 +166,7 @@ def _check_model(model: ModelConfig, problems: Problems) -> None:
     problems.one_of("model.reference", model.reference, ("auto", "adapter_off", "frozen_copy"))
     if model.reference == "adapter_off" and not model.lora.enabled:
         problems.add("model.reference", "found 'adapter_off', but model.lora.enabled=false has no adapter")
+    _check_quantization(model, problems)
     at_least(1, "model.lora.r", model.lora.r, problems)
     at_least(1, "model.lora.alpha", model.lora.alpha, problems)
     problems.expect(
@@ -156,6 +177,23 @@ def _check_model(model: ModelConfig, problems: Problems) -> None:
     if not named and not (isinstance(modules, str) and modules):
         expected = "'all-linear', a pattern, or a list of module names"
         problems.expect(False, "model.lora.target_modules", modules, expected)
+
+
+def _check_quantization(model: ModelConfig, problems: Problems) -> None:
+    key, value = "model.quantization", model.quantization
+    problems.one_of(key, value, ("none", "nf4"))
+    if value == "none":
+        return
+    if not model.lora.enabled:
+        problems.add(
+            key, f"found {value!r}, but 4-bit weights cannot be trained; expected model.lora.enabled=true"
+        )
+    elif model.reference == "frozen_copy":
+        problems.add(
+            key, f"found {value!r}, whose reference is the model without its adapter: model.reference=auto"
+        )
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        problems.add(key, f"found {value!r}, which needs bitsandbytes: pip install 'equipoise[quantization]'")
 
 
 def _check_data(data: DataConfig, problems: Problems) -> None:
@@ -249,6 +287,14 @@ def _check_taxonomy(data: DataConfig, problems: Problems) -> None:
 def _check_gate(gate: GateConfig, problems: Problems) -> None:
     """The rules' own values are checked where they are filled in, by `GateRules`."""
     at_least(0, "gate.every", gate.every, problems)
+    problems.one_of("gate.where", gate.where, ("in_process", "subprocess", "vllm"))
+    positive("gate.timeout", gate.timeout, problems)
+    if gate.devices is not None and gate.where == "in_process":
+        reason = f"found {gate.devices!r}, but gate.where=in_process evaluates on the ranks' own devices"
+        problems.add("gate.devices", reason)
+    if gate.engine_options and gate.where != "vllm":
+        reason = f"found {', '.join(gate.engine_options)}, but gate.where={gate.where} starts no vLLM"
+        problems.add("gate.engine_options", reason)
     for category in gate.rules.get("category_limits", {}):
         if category not in problems.categories:
             problems.unknown(f"gate.rules.category_limits.{category}", category, problems.categories)
