@@ -4,9 +4,10 @@ import argparse
 
 from argument_types import positive
 from rich.table import Table
-from scaling.model import ENGINES, GPUS, MODELS, Step, step, training_of
+from scaling.model import ENGINES, MODELS, Step, step, training_of
 
 from equipoise.eval.terminal import console, say
+from equipoise.train.planning.machine import GPUS
 
 DESCRIPTION = """\
 Memory a GPU, traffic a step and expected efficiency of preference training or SFT for 7B, 70B and 405B on 8, 64 and

@@ -1,33 +1,15 @@
-"""Memory, traffic and time of one training step on many GPUs; the formulas and their sources are in README.md here."""
+"""Time and efficiency of one training step on many GPUs; the formulas and their sources are in README.md here.
 
-from dataclasses import dataclass
+Memory and traffic are those of the dry run (`train/planning/`).
+"""
 
+from dataclasses import dataclass, replace
+
+from equipoise.train.planning.engine import SHARDED, Engine
+from equipoise.train.planning.machine import GPU, GPUS_A_NODE, HEADROOM
 from equipoise.train.planning.memory import ModelSize, Training
 
-SHARDED_ENGINES = ("zero3", "fsdp2")
-ENGINES = ("zero2", *SHARDED_ENGINES)
-GPUS_A_NODE = 8
-LIVE_PARAMETERS = 1e9
-"""DeepSpeed's stage3_max_live_parameters: gathered parameters that ZeRO-3 holds before it lets go."""
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A device and how it is connected; bandwidths in bytes a second and direction, for each GPU."""
-
-    memory: float
-    """Bytes."""
-    flops: float
-    """bf16 matrix products, dense, a second."""
-    within_node: float
-    between_nodes: float
-
-
-GPUS = {
-    "a100": GPU(memory=80e9, flops=312e12, within_node=300e9, between_nodes=25e9),
-    "h100": GPU(memory=80e9, flops=989e12, within_node=450e9, between_nodes=50e9),
-}
-"""80 GB SXM modules of NVIDIA's data sheets: NVLink is half its bidirectional figure; one 200 (400) Gb/s port a GPU."""
+ENGINES = ("zero2", *SHARDED)
 
 
 def llama(num_layers: int, hidden: int, heads: int, key_heads: int, inner: int, vocab: int) -> ModelSize:
@@ -70,7 +52,7 @@ class Step:
     @property
     def fits(self) -> bool:
         """Whether a tenth of the GPU is left for what is not in the estimate."""
-        return self.memory <= 0.9 * self.gpu.memory
+        return self.memory <= HEADROOM * self.gpu.memory
 
     @property
     def efficiency(self) -> tuple[float, float]:
@@ -98,59 +80,17 @@ def step(
     kernel_efficiency: float,
 ) -> Step:
     """A step of `num_tokens` a GPU in sequences of `length`; `kernel_efficiency`: of the peak, while nothing waits."""
+    spread = replace(training, engine=Engine(engine, num_gpus))
+    traffic = spread.engine.traffic(spread)
     return Step(
-        memory=memory(training, engine, num_gpus, num_tokens),
-        traffic=traffic(training, engine, num_gpus),
+        memory=spread.policy(num_tokens, reference=False).total,
+        traffic=traffic,
         compute_seconds=flops(training, num_tokens, length, recomputed=True)
         / (gpu.flops * kernel_efficiency),
-        traffic_seconds=traffic(training, engine, num_gpus)
-        / (gpu.within_node if num_gpus <= GPUS_A_NODE else gpu.between_nodes),
+        traffic_seconds=traffic / (gpu.within_node if num_gpus <= GPUS_A_NODE else gpu.between_nodes),
         useful_flops=flops(training, num_tokens, length, recomputed=False),
         gpu=gpu,
     )
-
-
-def memory(training: Training, engine: str, num_gpus: int, num_tokens: int) -> float:
-    """Bytes on each GPU: weights, states, what is gathered, activations and logits."""
-    weights = training.weights / (num_gpus if engine in SHARDED_ENGINES else 1)
-    return (
-        weights
-        + _states(training, engine, num_gpus)
-        + _gathered(training, engine)
-        + training.activations(num_tokens)
-        + training.logits()
-    )
-
-
-def _states(training: Training, engine: str, num_gpus: int) -> float:
-    """Gradients and optimizer states. DeepSpeed keeps fp32 weights and moments, FSDP2 those of the weights' dtype."""
-    if (
-        training.rank is not None
-    ):  # fp32 adapters and their bf16 copy; ZeRO-2 shards gradients and moments alone
-        adapters = training.size.adapter_parameters(training.rank)
-        whole = 6 * adapters if engine == "zero2" else 0
-        return whole + (training.trained - whole) / num_gpus
-    a_parameter = 6 if engine == "fsdp2" else 2 + 12
-    return a_parameter * training.size.num_parameters / num_gpus
-
-
-def _gathered(training: Training, engine: str) -> float:
-    """Parameters that are whole for a while: ZeRO-3's live ones, FSDP2's layer at work and the one fetched ahead."""
-    size = training.size
-    if engine == "zero3":
-        return training.width * min(LIVE_PARAMETERS, size.num_parameters)
-    return training.width * 2 * size.num_parameters / size.num_layers if engine == "fsdp2" else 0
-
-
-def traffic(training: Training, engine: str, num_gpus: int) -> float:
-    """Bytes that each GPU sends in a step: gathers and reductions on rings, (N - 1) / N of the tensor each."""
-    trained = (
-        training.size.num_parameters
-        if training.rank is None
-        else training.size.adapter_parameters(training.rank)
-    )
-    gathers = 2 * training.size.num_parameters if engine in SHARDED_ENGINES else trained
-    return training.width * (gathers + trained) * (num_gpus - 1) / num_gpus
 
 
 def flops(training: Training, num_tokens: int, length: int, recomputed: bool) -> float:

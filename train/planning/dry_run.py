@@ -1,10 +1,13 @@
-"""`dry_run=true`: load data and tokenizer, check templates and lengths, say what a run would do and take."""
+"""`dry_run=true`: load data and tokenizer, check templates and lengths, say what a run would do and take.
 
-import time
-from collections.abc import Callable
+Of the model only its configuration is read, so a 70B model on a cluster is planned on a laptop; `plan.*` says for what.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from accelerate import init_empty_weights
 from rich.table import Table
@@ -14,16 +17,28 @@ from equipoise.data.sources import SafetyData
 from equipoise.data.templates import encode_turns
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.terminal import console, duration
+from equipoise.train.planning.alternatives import alternatives
+from equipoise.train.planning.engine import Engine
+from equipoise.train.planning.machine import HEADROOM, Machine
 from equipoise.train.planning.memory import Memory, ModelSize, Training
-from equipoise.train.planning.stage_plans import Planning, plan_stage
-from equipoise.train.recipe import Recipe
+from equipoise.train.planning.stage_plans import Planning, StagePlan, plan_stage
+from equipoise.train.recipe import PlanConfig, Recipe, RecipeError
 from equipoise.train.stages.context import Progress
+
+GIB = 2**30
+
+
+class PlanError(RecipeError):
+    """A recipe that does not fit the device that it is planned for."""
 
 
 def plan(
     recipe: Recipe, data: SafetyData, base_folder: str, say: Callable[[str], None], progress: Progress
 ) -> None:
-    """Print stages, steps, tokens, and estimates of memory and time; raises DataError where training would."""
+    """Print stages, steps, tokens, and estimates of memory and time.
+
+    Raises PlanError where a stage cannot fit, with what would; DataError and RecipeError where training would.
+    """
     options: dict[str, Any] = {
         "trust_remote_code": recipe.model.trust_remote_code,
         "revision": recipe.model.revision,
@@ -34,60 +49,133 @@ def plan(
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
     model.tie_weights()
     num_parameters = sum(p.numel() for p in model.parameters())
-    flops = _measured_flops(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
-    training = Training.of(recipe.model, ModelSize.of(config, num_parameters))
-    planning = Planning(recipe, data, tokenizer, training, flops, say)
+    engine = planned_engine(recipe.plan)
+    machine = planned_machine(recipe, engine)
+    training = Training.of(recipe.model, ModelSize.of(config, num_parameters), engine)
+    planning = Planning(recipe, data, tokenizer, training, machine, say)
     table = Table(
         "stage", "kind", "steps", "examples", "tokens", "memory", "time", title=f"plan of {recipe.name}"
     )
-    total = 0.0
-    for name, stage in recipe.stages.items():
-        row = plan_stage(name, stage, planning)
-        total += row.seconds
+    rows = {name: plan_stage(name, stage, planning) for name, stage in recipe.stages.items()}
+    needs = {name: planning.memory(recipe.stages[name], row) for name, row in rows.items()}
+    for name, row in rows.items():
         time_text = f"about {duration(row.seconds)}" if row.seconds else ""
-        table.add_row(name, stage.kind, row.steps, row.examples, row.tokens, _gib(row.memory), time_text)
+        memory_text = _gib(needs[name], machine)
+        table.add_row(
+            name, recipe.stages[name].kind, row.steps, row.examples, row.tokens, memory_text, time_text
+        )
+    longest = max(len(encode_turns(tokenizer, e.prompt, prompt=True)) for e in data.harmful_prompts)
     num_states = recipe.evaluation.baseline + sum(bool(stage.evaluate) for stage in recipe.stages.values())
     num_prompts = len(data.harmful_prompts) + len(data.lookalike_prompts)
     evaluation = num_states * planning.decoding(num_prompts * recipe.evaluation.max_new_tokens)
-    table.add_row("evaluation", f"{num_states} states", "", "", "", "", f"about {duration(evaluation)}")
+    if num_states:
+        needs["evaluation"] = _evaluation(recipe, training, needs, longest)
+        memory_text = _gib(needs["evaluation"], machine)
+        table.add_row(
+            "evaluation", f"{num_states} states", "", "", "", memory_text, f"about {duration(evaluation)}"
+        )
     console.print(table)
-    longest = max(len(encode_turns(tokenizer, e.prompt, prompt=True)) for e in data.harmful_prompts)
     say(
         f"model: {base_folder}, {num_parameters / 1e6:.0f} M parameters; longest judged prompt {longest} tokens"
     )
-    say(
-        f"about {duration(total + evaluation)} in all on {_where()} at {flops / 1e9:.0f} GFLOP/s, measured just now on "
-        "one matrix product; a rough guide, and too long on a machine that is busy"
+    measured = (
+        "as its data sheet says" if recipe.plan.gpu else "measured just now, and too little on a busy machine"
     )
+    say(
+        f"about {duration(sum(row.seconds for row in rows.values()) + evaluation)} in all, {engine}, on {machine.name} "
+        f"at {machine.flops / 1e9:,.0f} GFLOP/s ({measured}), of which training reaches {machine.efficiency:.0%}: a "
+        "rough guide"
+    )
+    if host := max(memory.host for memory in needs.values()):
+        say(f"offloaded: about {host / GIB:.0f} GiB of the machine's memory for each device")
+    _refuse_what_cannot_fit(recipe, rows, needs, training, machine)
     say("dry run: nothing was trained, nothing was written")
 
 
-def _gib(memory: Memory | None) -> str:
-    """What the device holds; on CPU the process itself is in it, as it is now."""
-    if memory is None:
-        return ""
-    process = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    return f"about {(memory.total + process) / 2**30:.1f} GiB"
+def _evaluation(recipe: Recipe, training: Training, needs: Mapping[str, Memory], longest: int) -> Memory:
+    """Of judging a checkpoint on a training device; inside a stage it stands beside what the stage holds."""
+    if recipe.gate.devices is not None:
+        return Memory()  # devices of its own
+    alone = training.evaluation(recipe.evaluation.batch_size, longest + recipe.evaluation.max_new_tokens)
+    if not recipe.gate.every:
+        return alone
+    held = max(needs[name].weights + needs[name].states for name in recipe.stages)
+    return replace(alone, states=held)
 
 
-def _measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product of the size that training has, on this machine's device; the best of five."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (
-        torch.ones(2048, 1024, device=device, dtype=dtype),
-        torch.ones(1024, 2048, device=device, dtype=dtype),
-    )
-    best = 0.0
-    for _ in range(6):  # the first one warms up
-        started = time.perf_counter()
-        (a @ b).sum().item()  # the item waits for a GPU
-        best = max(best, 2 * 2048 * 1024 * 2048 / (time.perf_counter() - started))
-    return best
+def planned_engine(plan: PlanConfig) -> Engine:
+    """What `plan.engine` and `plan.num_processes` say, else the launch at hand."""
+    launched = Engine.launched()
+    num = plan.num_processes or launched.num_processes
+    if plan.engine is not None:
+        return Engine(plan.engine, num, plan.offload)
+    if plan.num_processes is not None and launched.name in ("single", "ddp"):
+        return Engine("ddp" if num > 1 else "single", num)
+    return Engine(launched.name, num, launched.offload)
 
 
-def _where() -> str:
+def planned_machine(recipe: Recipe, engine: Engine) -> Machine:
+    """The GPU of the table that `plan.gpu` names, else this machine's device; `plan.memory_gib` says how large."""
+    plan = recipe.plan
+    if plan.gpu is not None:
+        machine = Machine.of_table(plan.gpu, engine)
+    else:
+        machine = Machine.here(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
+    return machine if plan.memory_gib is None else machine.with_memory(plan.memory_gib * GIB)
+
+
+def _gib(memory: Memory, machine: Machine) -> str:
+    return f"about {(memory.total + machine.process) / GIB:.1f} GiB"
+
+
+def _refuse_what_cannot_fit(
+    recipe: Recipe,
+    rows: Mapping[str, StagePlan],
+    needs: Mapping[str, Memory],
+    training: Training,
+    machine: Machine,
+) -> None:
+    too_large = {name: memory for name, memory in needs.items() if memory.total > machine.room}
+    if not too_large:
+        return
+    lines = [
+        f"The recipe does not fit: {machine.name} has {machine.memory / GIB:.1f} GiB a device, of which a plan may "
+        f"fill {HEADROOM:.0%}{_less_process(machine)}: {max(machine.room, 0) / GIB:.1f} GiB."
+    ]
+    lines += [f"  {name}: {_parts(memory)}" for name, memory in too_large.items()]
+    if "evaluation" in too_large:
+        lines.append(_evaluated_elsewhere(recipe))
+    stages = {name: row for name, row in rows.items() if name in too_large}
+    if stages:
+        found = alternatives(recipe.stages, rows, training, machine.room)
+        lines += ["What fits, the cheapest first:", *(f"  {way}" for way in found)]
+        if not found:
+            lines[-1] = (
+                "Nothing that was tried fits, up to 1,024 devices: take a smaller model, or shorter data.max_length."
+            )
+        elif any(way.launch for way in found):
+            lines.append(
+                "Over n times the devices a step has n times the examples: divide gradient_accumulation_steps by n."
+            )
+    raise PlanError(os.linesep.join(lines))
+
+
+def _less_process(machine: Machine) -> str:
     return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads"
+        f", less {machine.process / GIB:.1f} GiB that this process takes already" if machine.process else ""
+    )
+
+
+def _parts(memory: Memory) -> str:
+    names = ("weights", "states", "gathered", "activations", "logits", "cache")
+    parts = [
+        f"{name} {getattr(memory, name) / GIB:.1f}" for name in names if getattr(memory, name) > 0.05 * GIB
+    ]
+    return f"{memory.total / GIB:.1f} GiB ({', '.join(parts)})"
+
+
+def _evaluated_elsewhere(recipe: Recipe) -> str:
+    return (
+        "Evaluation holds the whole model on every device. Take less than evaluation.batch_size="
+        f"{recipe.evaluation.batch_size} where it is the KV cache, else gate.where=vllm with gate.devices of its own."
     )

@@ -1,16 +1,19 @@
 """What a stage takes in memory on one device, worked out from the model's size and the stage's keys.
 
-    M  weights + states + max over phases of (activations + logits + KV cache)
+    M  weights + states + gathered + max over phases of (activations + logits + KV cache)
 
 with P parameters, w bytes each (bf16: 2), A adapter parameters, n tokens in a forward pass with gradients, L layers of
 hidden size H, attention size a (heads x head size) and inner size I, adapter rank r, vocabulary V:
 
-    weights      w P for every model that is held
+    weights      w P for every model that is held; with NF4 0.516 bytes instead of w for every parameter but those of
+                 the embeddings and the head: 4 bits, 8 a block of 64 and 32 a 256 blocks (QLoRA, 2305.14314, section 3)
     states       16 A: an adapter's weight, gradient and two moments in fp32. Full fine-tuning 3 w P: gradient and
                  moments in the weights' dtype. 4 A for an adapter that is held and not trained. In bf16 both and
-                 2 A more, autocast's copy
+                 2 A more, autocast's copy. `engine.py` has what several processes share of weights and states
+    gathered     what an engine holds whole for a while, see there; with NF4 a matrix at work in the compute dtype
     activations  w n L K, with K what a layer keeps of a token for the backward pass
                      LoRA       fp32   4 a +  4 H + 4 I +  7 r        bf16   4 a + 10 H + 4 I +  7 r
+                     LoRA, NF4  as LoRA in fp32, whatever the dtype: PEFT casts no input there
                      full       fp32   4 a +  6 H + 4 I               bf16   4 a +  8 H + 4 I
                  With gradient checkpointing: w n (L H + K), every layer's input and one layer recomputed.
                  On top, w n K for the gradients of the layer in work
@@ -25,14 +28,16 @@ run adds what it takes), the CUDA context, fragmentation, DDP's buckets (another
 (T, T) scores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from equipoise.train.losses.log_probs import CHUNK
 from equipoise.train.model import uses_frozen_copy
+from equipoise.train.planning.engine import FP32, Engine
 from equipoise.train.recipe import ModelConfig
 
-FP32 = 4
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Of a weight in NF4 with double quantisation: 4.127 bits."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class ModelSize:
     """Key-value heads x head size."""
     inner_size: int
     vocab_size: int
+    tied: bool = False
+    """Whether the head is the embeddings' matrix."""
 
     @classmethod
     def of(cls, config: Any, num_parameters: int) -> Self:
@@ -65,7 +72,13 @@ class ModelSize:
             key_size=key_heads * head_size,
             inner_size=text.intermediate_size,
             vocab_size=text.vocab_size,
+            tied=bool(config.tie_word_embeddings),
         )
+
+    @property
+    def block_parameters(self) -> int:
+        """All but embeddings and head: what quantisation compresses, and N in FLOPs a token (norms are negligible)."""
+        return self.num_parameters - self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     def adapter_parameters(self, rank: int) -> int:
         """A: LoRA on all seven linear layers of every block, r (in + out) each."""
@@ -81,14 +94,18 @@ class Memory:
     weights: float = 0
     states: float = 0
     """Adapters, gradients and optimizer moments."""
+    gathered: float = 0
+    """Weights that are whole, or in full precision, for a while."""
     activations: float = 0
     logits: float = 0
     cache: float = 0
+    host: float = 0
+    """In the machine's memory, not the device's: what is offloaded."""
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.weights + self.states + self.activations + self.logits + self.cache
+        """All of it on the device."""
+        return self.weights + self.states + self.gathered + self.activations + self.logits + self.cache
 
 
 @dataclass(frozen=True)
@@ -103,43 +120,69 @@ class Training:
     checkpointing: bool
     frozen_copy: bool
     """Whether the reference is a second model."""
+    quantised: bool = False
+    """NF4 under the adapter."""
+    engine: Engine = field(default_factory=Engine)
 
     @classmethod
-    def of(cls, config: ModelConfig, size: ModelSize) -> Self:
-        """As the recipe's `model` says."""
+    def of(cls, config: ModelConfig, size: ModelSize, engine: Engine | None = None) -> Self:
+        """As the recipe's `model` says, under `engine` (None: one process)."""
         return cls(
             size,
             width=2 if config.dtype == "bfloat16" else FP32,
             rank=config.lora.r if config.lora.enabled else None,
             checkpointing=config.gradient_checkpointing,
             frozen_copy=uses_frozen_copy(config),
+            quantised=config.quantization != "none",
+            engine=engine or Engine(),
         )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     @property
-    def weights(self) -> float:
-        """One model, without adapters."""
+    def whole(self) -> float:
+        """One model as it is saved and judged: in the recipe's dtype, on one device."""
         return self.width * self.size.num_parameters
+
+    @property
+    def weights(self) -> float:
+        """What a device holds of one model in training, without adapters."""
+        return self.engine.weights(self._stored)
+
+    @property
+    def _stored(self) -> float:
+        if not self.quantised:
+            return self.whole
+        blocks = self.size.block_parameters
+        return NF4_BYTES * blocks + self.width * (self.size.num_parameters - blocks)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained."""
+        return self.size.num_parameters if self.rank is None else self.size.adapter_parameters(self.rank)
 
     @property
     def trained(self) -> float:
         """States of one trained model: adapter, gradient, moments; without an adapter, gradient and moments."""
-        if self.rank is None:
-            return 3 * self.weights
-        return 4 * FP32 * self.size.adapter_parameters(self.rank) + self._autocast_copy()
+        return self.engine.states(self)
 
     @property
     def frozen_adapter(self) -> float:
         """An adapter that is held and not trained."""
-        return (
-            0 if self.rank is None else FP32 * self.size.adapter_parameters(self.rank) + self._autocast_copy()
-        )
+        if self.rank is None:
+            return 0
+        return FP32 * self.size.adapter_parameters(self.rank) + self.autocast_copy
 
-    def _autocast_copy(self) -> float:
+    @property
+    def autocast_copy(self) -> float:
         """The adapter in the dtype that it computes in."""
         assert self.rank is not None
         return 2 * self.size.adapter_parameters(self.rank) if self.width == 2 else 0
+
+    def holding(self, num_models: int, states: float) -> Memory:
+        """Models and states alone, what is gathered of one model, and what is offloaded."""
+        host = self.engine.host(self, self._stored)
+        return Memory(num_models * self.weights, states, self.engine.gathered(self), host=num_models * host)
 
     def kept_a_layer(self) -> float:
         """K: numbers, in the width of the weights, that a layer keeps of a token for the backward pass."""
@@ -147,7 +190,7 @@ class Training:
         if self.rank is None:
             hidden, rank = (8 if self.width == 2 else 6), 0
         else:
-            hidden, rank = (10 if self.width == 2 else 4), 7 * self.rank
+            hidden, rank = (10 if self.width == 2 and not self.quantised else 4), 7 * self.rank
         return 4 * size.attention_size + hidden * size.hidden_size + 4 * size.inner_size + rank
 
     def activations(self, num_tokens: int) -> float:
@@ -178,12 +221,12 @@ class Training:
         reference: whether it is asked while training, for a KL or token-bias penalty; only a frozen copy takes memory
         for it. Its log-probabilities of the answers are computed before, by the policy that has not moved yet.
         """
-        models = 2 if reference and self.frozen_copy else 1
-        return Memory(models * self.weights, self.trained, self.activations(num_tokens), self.logits())
+        held = self.holding(2 if reference and self.frozen_copy else 1, self.trained)
+        return replace(held, activations=self.activations(num_tokens), logits=self.logits())
 
     def scorer(self, num_tokens: int) -> Memory:
         """Training a reward or cost model."""
-        return Memory(self.weights, self.trained, self.activations(num_tokens))
+        return replace(self.holding(1, self.trained), activations=self.activations(num_tokens))
 
     def sampled(self, num_tokens: int, num_answers: int, length: int, scorers: int, vllm: bool) -> Memory:
         """GRPO: the policy samples, then learns from what it sampled; `scorers` are models of its size beside it."""
@@ -191,7 +234,8 @@ class Training:
         sampling = Memory() if vllm else Memory(cache=self.cache(num_answers, length))
         phase = max(learning, sampling, key=lambda memory: memory.total)
         models = 1 + scorers + (1 if self.frozen_copy else 0)
-        return Memory(models * self.weights, self.trained, phase.activations, phase.logits, phase.cache)
+        held = self.holding(models, self.trained)
+        return replace(held, activations=phase.activations, logits=phase.logits, cache=phase.cache)
 
     def safe_rlhf(
         self, num_tokens: int, num_answers: int, length: int, shared: bool, critics: bool, vllm: bool
@@ -205,15 +249,20 @@ class Training:
         models = 1 if shared else 3 + num_critics + (1 if self.frozen_copy else 0)
         states = (1 + num_critics) * self.trained + 2 * self.frozen_adapter
         phase = self.sampled(num_tokens, num_answers, length, scorers=0, vllm=vllm)
-        return Memory(models * self.weights, states, phase.activations, phase.logits, phase.cache)
+        held = self.holding(models, states)
+        return replace(held, activations=phase.activations, logits=phase.logits, cache=phase.cache)
 
     def token_bias(self, num_tokens: int, num_positions: int, shared: bool) -> Memory:
-        """Measuring the token bias: two models (or one and its adapter), no gradients, a table of two (L, V)."""
+        """Measuring the token bias: two whole models (or one and its adapter), no gradients, a table of two (L, V)."""
         models = 1 if shared else 2
         table = 4 * FP32 * num_positions * self.size.vocab_size  # sums in work beside the table itself
         return Memory(
-            models * self.weights,
-            self.frozen_adapter if shared else 0,
-            self.width * num_tokens * self.kept_a_layer(),
-            table + 3 * FP32 * num_tokens * self.size.vocab_size,
+            weights=models * self.whole,
+            states=self.frozen_adapter if shared else 0,
+            activations=self.width * num_tokens * self.kept_a_layer(),
+            logits=table + 3 * FP32 * num_tokens * self.size.vocab_size,
         )
+
+    def evaluation(self, num_answers: int, length: int) -> Memory:
+        """Judging a checkpoint: the whole model on every device, answering `num_answers` prompts at a time."""
+        return Memory(weights=self.whole, cache=self.cache(num_answers, length))

@@ -10,8 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.checks import Problems, check_recipe
+from equipoise.train.recipe.measuring_checks import check_measuring
 from equipoise.train.recipe.rl import GRPOStageConfig, SafeRLHFStageConfig
 from equipoise.train.recipe.sacpo_checks import check_unpaired_is_read
+from equipoise.train.recipe.secret_checks import check_secrets
 from equipoise.train.recipe.stage_checks import check_stages
 from equipoise.train.recipe.stages import (
     CostModelStageConfig,
@@ -45,6 +47,7 @@ _TYPE_NAMES: dict[Any, str] = {
     NoneType: "null",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
+    list[int]: "a list of whole numbers",
     dict[str, float]: "names with a number each",
     dict[str, Any]: "names with a value each",
     dict[str, dict[str, Any]]: "names with keys and values each",
@@ -64,10 +67,13 @@ def load_recipe(cfg: DictConfig) -> Recipe:
         raise RecipeError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     problems = Problems(raw=cast(dict[str, Any], OmegaConf.to_container(cfg)))
     given = cast(dict[str, Any], values)
+    check_secrets(given, problems)
+    problems.raise_if_any()
     recipe = _fill(Recipe, {**given, "stages": {}}, "", problems)
     recipe.stages = _fill_stages(given.get("stages"), problems)
     recipe.gate.rules = _fill_rules(recipe.gate.rules, problems)
     check_recipe(recipe, problems)
+    check_measuring(recipe, problems)
     check_stages(recipe, problems)
     check_unpaired_is_read(recipe, problems)
     problems.raise_if_any()

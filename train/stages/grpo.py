@@ -93,14 +93,18 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
     return StageResult(model_folder, time.perf_counter() - started, facts)
 
 
-def prompts_per_step(stage: GRPOStageConfig) -> int:
-    """Prompts of one optimizer step, over all ranks; raises TrainingError where groups would be torn apart."""
-    answers = examples_per_step(stage)
+def prompts_per_step(stage: GRPOStageConfig, num_processes: int | None = None) -> int:
+    """Prompts of one optimizer step, over all ranks (None: of this launch).
+
+    Raises TrainingError where groups would be torn apart.
+    """
+    answers = examples_per_step(stage, num_processes)
     if answers % stage.num_generations:
         raise TrainingError(
             f"a step has {answers} answers (per_device_batch_size={stage.per_device_batch_size} * "
-            f"gradient_accumulation_steps={stage.gradient_accumulation_steps} * {PartialState().num_processes} "
-            f"processes), which num_generations={stage.num_generations} does not divide; change one of them"
+            f"gradient_accumulation_steps={stage.gradient_accumulation_steps} * "
+            f"{answers // examples_per_step(stage, 1)} processes), which num_generations={stage.num_generations} does "
+            "not divide; change one of them"
         )
     return answers // stage.num_generations
 

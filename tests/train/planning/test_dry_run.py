@@ -1,14 +1,17 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, LlamaConfig
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
 from equipoise.train import run as run_module
-from equipoise.train.planning.dry_run import plan
-from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError
+from equipoise.train.planning.dry_run import PlanError, plan, planned_engine
+from equipoise.train.planning.engine import Engine
+from equipoise.train.recipe import GateConfig, LoraConfig, ModelConfig, PlanConfig, Recipe, RecipeError
 from equipoise.train.recipe.stages import TokenBiasStageConfig
 from equipoise.train.run import run
 
@@ -85,3 +88,104 @@ def test_full_fine_tuning_is_planned_too(
 ) -> None:
     recipe.model.lora = LoraConfig(enabled=False)
     assert "GiB" in told(recipe, make_data(), capsys)
+
+
+# ---- for another machine, and what cannot fit -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama_7b(tmp_path: Path, tiny_model_folder: Path) -> Path:
+    """A folder with the configuration of a Llama 2 of 7B and a tokenizer, and no weights."""
+    folder = tmp_path / "llama_7b"
+    LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    ).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    return folder
+
+
+def seven_b(recipe: Recipe, folder: Path, **plan: Any) -> Recipe:
+    recipe.stages.pop("token_bias", None)
+    recipe.model = ModelConfig(id=str(folder), dtype="bfloat16", lora=LoraConfig(enabled=False))
+    recipe.plan = PlanConfig(**plan)
+    return recipe
+
+
+def test_a_7b_is_planned_on_a_laptop_from_its_configuration_alone(
+    recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
+) -> None:
+    """Full fine-tuning on one GPU: 4 w P = 50 GiB and activations."""
+    text = told(seven_b(recipe, llama_7b, gpu="h100"), make_data(), capsys)
+    assert "6738 M parameters" in text
+    assert "single, on H100 at 989,000 GFLOP/s (as its data sheet says)" in text
+    assert "about 55.2 GiB" in text  # 50.2 of weights, gradients and moments
+    recipe.plan = PlanConfig(gpu="h100", num_processes=8, engine="fsdp2")
+    assert "fsdp2 over 8 devices" in told(recipe, make_data(), capsys)
+
+
+def test_what_cannot_fit_is_refused_with_what_would(
+    recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
+) -> None:
+    with pytest.raises(PlanError) as refused:
+        told(seven_b(recipe, llama_7b, gpu="h100", memory_gib=24), make_data(), capsys)
+    message = str(refused.value)
+    assert "H100 has 24.0 GiB a device, of which a plan may fill 90%: 21.6 GiB" in message
+    assert re.search(r"safe: 5\d\.\d GiB \(weights 12\.6, states 37\.7", message)
+    ways = message.split("the cheapest first:\n")[1].splitlines()
+    assert ways[0].startswith("  model.lora.enabled=true")  # one GPU before two
+    assert any("model.quantization=nf4" in way for way in ways)
+    assert any(
+        "zero3_offload.yaml --num_processes 1" in way and "GiB of the machine's memory" in way for way in ways
+    )
+    assert any("fsdp2.yaml --num_processes 4" in way or "zero3.yaml --num_processes" in way for way in ways)
+    for way in ways[:6]:
+        assert float(re.search(r": (\d+\.\d) GiB a device", way)[1]) <= 21.6  # type: ignore[index]
+
+
+def test_a_plan_that_cannot_fit_ends_with_exit_code_2(
+    recipe: Recipe, make_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from equipoise.train import cli
+
+    monkeypatch.setattr(run_module, "load_data", lambda *_: make_data())
+    arguments = [
+        "recipe=dpo",
+        "dry_run=true",
+        f"model.id={recipe.model.id}",
+        "model.dtype=float32",
+        "plan.memory_gib=0.0001",
+        f"output_dir={tmp_path}",
+    ]
+    assert cli.main(arguments) == cli.USER_ERROR
+    error = capsys.readouterr().err
+    assert "The recipe does not fit" in error
+    assert "Evaluation holds the whole model on every device" in error
+
+
+def test_evaluation_inside_a_stage_stands_beside_the_training(
+    recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
+) -> None:
+    """12.6 GiB judged beside 50.2 GiB of weights and states: too much for 64 GiB, though each alone fits."""
+    planned = seven_b(recipe, llama_7b, gpu="h100", memory_gib=64)
+    told(planned, make_data(), capsys)
+    planned.gate = GateConfig(every=2)
+    with pytest.raises(PlanError, match=r"evaluation: 6\d\.\d GiB"):
+        told(planned, make_data(), capsys)
+    planned.gate = GateConfig(every=2, where="subprocess", devices="7")
+    told(planned, make_data(), capsys)
+
+
+def test_the_engine_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned_engine(PlanConfig()) == Engine("single", 1)
+    assert planned_engine(PlanConfig(num_processes=4)) == Engine("ddp", 4)
+    assert planned_engine(PlanConfig(engine="zero3", num_processes=4, offload="all")) == Engine(
+        "zero3", 4, "all"
+    )
+    monkeypatch.setattr(Engine, "launched", classmethod(lambda cls: cls("zero2", 2, "optimizer")))
+    assert planned_engine(PlanConfig()) == Engine("zero2", 2, "optimizer")
+    assert planned_engine(PlanConfig(num_processes=64)) == Engine("zero2", 64, "optimizer")
