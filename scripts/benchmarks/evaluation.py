@@ -60,6 +60,7 @@ def add_command(commands: Any) -> None:
     add("--their-batch-size", type=int, help="of the sides that are not the engine (--batch-size)")
     add("--repeats", type=int, default=3, help="runs of every side (3)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
+    add("--continuous-batching", action="store_true", help="transformers' own `generate_batch` too")
     add("--without-lm-eval", action="store_true", help="leave lm-eval out; lm_eval_ratio is then null")
     add("--json", action="store_true", help="one JSON object as the last line")
     command.set_defaults(run=run)
@@ -84,6 +85,8 @@ def run(options: argparse.Namespace, program: Path) -> int:
         "engine": lambda: [reply.text or "" for reply in engine.complete(requests)],
         "generate": lambda: in_prompt_order(model, tokenizer, requests, theirs),
     }
+    if options.continuous_batching:
+        sides["continuous_batching"] = lambda: in_continuous_batches(model, tokenizer, requests, theirs)
     if not options.without_lm_eval:
         sides["lm_eval"] = lm_eval_side(model, tokenizer, requests, theirs)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -139,6 +142,22 @@ def in_prompt_order(
                 output[:, input_ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
     return answers
+
+
+def in_continuous_batches(
+    model: Any, tokenizer: Any, requests: Sequence[Request], settings: GenerationSettings
+) -> list[str]:
+    """transformers' continuous batching, which pages keys and values and makes its batches as memory allows."""
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    rows = [encode_request(tokenizer, request).row for request in requests]
+    with torch.no_grad():  # it writes in place into tensors that inference mode would forbid
+        outputs = model.generate_batch(rows, generation_config=config).values()
+    return [tokenizer.decode(output.generated_tokens, skip_special_tokens=True) for output in outputs]
 
 
 def lm_eval_side(
