@@ -158,3 +158,80 @@ def test_decoding_with_and_without_tsdi(
     assert by_hand["tsdi_ratio"] == 1.5
     assert by_hand["tsdi_ratio_spread"]["max"] == 2.0
     assert by_hand["processor_share"] == 0.5
+
+
+def test_the_engine_beside_generate_and_continuous_batching(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    evaluation = importlib.import_module("benchmarks.evaluation")
+    arguments = [
+        "evaluation",
+        "--model",
+        str(tiny_model_folder),
+        "--json",
+        "--repeats",
+        "2",
+        "--num-prompts",
+        "5",
+    ]
+    arguments += ["--max-new-tokens", "4", "--batch-size", "2", "--without-lm-eval", "--continuous-batching"]
+    options = parsed(evaluation, arguments)
+    assert options.run(options, SCRIPTS / "benchmark") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {side: len(seconds) for side, seconds in result["seconds"].items()} == {
+        "engine": 2,
+        "generate": 2,
+        "continuous_batching": 2,
+    }
+    assert result["num_different_answers"] == 0
+    assert result["lm_eval_ratio"] is None
+    assert 0 < result["repeat_ratio"] < 1
+    by_hand = evaluation.summarise(
+        {
+            "seconds": {"engine": [1.0, 2.0, 4.0], "generate": [2.0, 5.0, 12.0], "lm_eval": [1.0, 1.0, 1.0]},
+            "repeat_ratios": [0.1, 0.2, 0.3],
+            "tsdi_ratios": [1.0, 1.1, 1.2],
+            "num_different_answers": 0,
+        }
+    )
+    assert (by_hand["generate_ratio"], by_hand["lm_eval_ratio"], by_hand["repeat_ratio"]) == (2.5, 0.5, 0.2)
+
+
+def test_several_processes_beside_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands and the reading of what they log; training itself is not run."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    processes = importlib.import_module("benchmarks.processes")
+    seconds_a_step = {"1": 10, "2": 5}
+
+    def train(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        num_processes = command[command.index("--nproc_per_node") + 1]
+        keys = dict(argument.split("=", 1) for argument in command if "=" in argument)
+        folder = Path(keys["output_dir"]) / "run" / "seed0"
+        folder.mkdir(parents=True)
+        passes = int(keys["stages.safe.gradient_accumulation_steps"])
+        assert passes * int(num_processes) == 4 * 2  # the same global batch
+        lines = [{"stage": "safe", "step": 0, "time": "2026-01-01T00:00:00+00:00"}]  # of another event
+        lines += [
+            {
+                "stage": "safe",
+                "step": step,
+                "train/loss": 0.5 + 0.01 * (num_processes == "2"),
+                "time": f"2026-01-01T00:01:{seconds_a_step[num_processes] * step:02}+00:00",
+            }
+            for step in range(1, int(keys["stages.safe.num_steps"]) + 1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(processes.subprocess, "run", train)
+    options = parsed(processes, ["processes", "--json", "--repeats", "2"])
+    assert options.run(options, SCRIPTS / "benchmark") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seconds"] == {"1": [10.0] * 8, "2": [5.0] * 8}
+    assert result["pairs_per_second_ratio"] == 2.0
+    assert result["max_loss_difference"] == pytest.approx(0.01)
+    with pytest.raises(EquipoiseError, match="--processes: found 1"):
+        processes.run(parsed(processes, ["processes", "--processes", "1"]), SCRIPTS / "benchmark")
