@@ -149,8 +149,11 @@ class Gatekeeper:
             folder.mkdir(parents=True)
 
         from_first(fresh)
-        yield folder
-        from_first(lambda: shutil.rmtree(folder))
+        try:
+            yield folder
+        finally:
+            if PartialState().is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _shared_report(self, job: EvaluationJob) -> Path | None:
         """Where runs share the base's report; None where the weights cannot be told."""

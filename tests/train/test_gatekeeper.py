@@ -1,22 +1,26 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from equipoise.data.sources import SafetyData
+from equipoise.eval.fingerprint import model_fingerprint
 from equipoise.eval.gate import GateRules, GateVerdict
 from equipoise.eval.generation.tsdi import TokenBias, TSDISettings
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
+from equipoise.train.evaluation_process import EvaluationError
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper, promote
 from equipoise.train.model import save_folder
-from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe
+from equipoise.train.recipe import EvaluationConfig, ModelConfig, Recipe, RecipeError
 from equipoise.train.stages.context import StageContext
 
 # With an alpha like this two prompts a category are enough to say something.
@@ -118,6 +122,68 @@ def test_a_torn_report_is_made_again(gatekeeper: Gatekeeper) -> None:
     assert gatekeeper.evaluate(ALIGNED, "safe-4", gatekeeper.context.base_folder).samples == first.samples
     assert gatekeeper.judge is not None
     assert gatekeeper.judge.num_judged == 24  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_report_of_other_weights_is_made_again(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
+    """A run that was interrupted behind an evaluation may come to other weights where training is not deterministic."""
+    base, other = gatekeeper.context.base_folder, tmp_path / "other"
+    shutil.copytree(base, other)
+    weights = load_file(other / "model.safetensors")
+    save_file(
+        {name: -weight for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"}
+    )
+    first = gatekeeper.evaluate(ALIGNED, "safe-4", base)
+    assert gatekeeper.evaluate(ALIGNED, "safe-4", base) == first
+    second = gatekeeper.evaluate(ALIGNED, "safe-4", str(other))
+    assert second.engine["weights"] == model_fingerprint(str(other)) != first.engine["weights"]
+    assert [s.response for s in second.samples] != [s.response for s in first.samples]
+    third = gatekeeper.evaluate(ALIGNED, "safe-4", str(other), token_bias=no_bias())
+    assert third.engine["tsdi"] is not None
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_a_verdict_given_again_takes_the_place_of_the_one_before(
+    gatekeeper: Gatekeeper, make_judge: Any
+) -> None:
+    folder = gatekeeper.context.base_folder
+    for label in ("safe-2", "safe-4", "safe-6"):
+        gatekeeper.evaluate(ALIGNED, label, folder)
+        gatekeeper.decide(ALIGNED, label, folder)
+    before = verdicts(gatekeeper)
+    gatekeeper.judge = make_judge(unsafe)
+    shutil.rmtree(gatekeeper.context.run_dir / "eval" / "safe-4")
+    gatekeeper.evaluate(ALIGNED, "safe-4", folder)
+    gatekeeper.decide(ALIGNED, "safe-4", folder)
+    after = verdicts(gatekeeper)
+    assert [line["label"] for line in after] == ["safe-2", "safe-4", "safe-6"]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] != before[1]
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_an_evaluation_apart_that_fails_gives_no_verdict(
+    gatekeeper: Gatekeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = gatekeeper.context
+    context.recipe.gate.where = "subprocess"
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EvaluationError, match="ended with exit code 1"):
+        gatekeeper.evaluate(ALIGNED, "safe-4", context.base_folder)
+    assert gatekeeper.reports == {}
+    assert not (context.run_dir / "gate.jsonl").exists()
+    assert not (context.run_dir / "promoted").exists()
+    assert {p.name for p in (context.run_dir / "eval" / "safe-4").iterdir()} == {"process.log"}
+    context.recipe.gate.where = "in_process"
+    assert gatekeeper.evaluate(ALIGNED, "safe-4", context.base_folder).samples
+
+
+def test_vllm_has_to_be_there_before_anything_is_trained(gatekeeper: Gatekeeper) -> None:
+    if find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed")
+    gatekeeper.context.recipe.gate.where = "vllm"
+    with pytest.raises(RecipeError, match=r"gate\.where: found 'vllm', but vLLM is not installed"):
+        Gatekeeper(gatekeeper.context, gatekeeper.judge, gatekeeper.rules)
 
 
 def test_pass_is_promoted(gatekeeper: Gatekeeper, tiny_model_folder: Path) -> None:
