@@ -27,7 +27,7 @@ LAUNCH_FILE = "launch.json"
 
 PACKAGES = ("equipoise", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
-_FREE = frozenset(("tracking", "resume", "dry_run", "output_dir"))
+_FREE = frozenset(("tracking", "diagnostics", "profile", "resume", "dry_run", "plan", "output_dir"))
 """Top keys that say nothing about the result."""
 
 _SOUND = frozenset(
@@ -184,7 +184,7 @@ def _against_other_length(stage: str, recipe: Recipe, run_dir: Path) -> str | No
     if any((run_dir / "stages" / name).exists() for name in names[names.index(stage) + 1 :]):
         return f"{stage} is finished, and a stage behind it has begun"
     if not checkpoints(folder / "checkpoints"):
-        return f"{stage} is finished, and its last checkpoint was not kept (resume.keep=true)"
+        return f"{stage} is finished, and its last checkpoint was not kept (resume.keep_last=true)"
     return None
 
 
@@ -208,8 +208,9 @@ def _other_steps(theirs: Mapping[str, Any], recipe: Recipe, was: Mapping[str, An
 def _refusal(run_dir: Path, changed: Mapping[str, tuple[Any, Any]], against: Mapping[str, str]) -> str:
     lines = [f"{run_dir} holds a run of another recipe or launch. What differs:"]
     for key in [*changed, *(key for key in against if key not in changed)]:
-        values = f"{key}: {' -> '.join(map(_short, changed[key]))}" if key in changed else key
-        lines.append(f"  {values}{f'; {against[key]}' if key in against else ''}")
+        values = [" -> ".join(map(_short, changed[key]))] if key in changed else []
+        reasons = [against[key]] if key in against else []
+        lines.append(f"  {key}: {'; '.join(values + reasons)}")
     lines.append(
         "Give this run another name or seed (name=…, seed=…, output_dir=…), or remove the folder."
         if against

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
+from equipoise.data.files import full_disk_named
 from equipoise.eval.generation.batches import base_of
 from equipoise.eval.models import load_model, native_dtype
 from equipoise.train.ranks import from_first
@@ -84,12 +85,17 @@ def peft_config(config: ModelConfig) -> PeftLoraConfig | None:
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder aside, then rename it into place: nobody ever sees half of one."""
+    """Write a folder aside, then rename it into place: nobody ever sees half of one. Raises DiskFullError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    write(aside)
+    try:
+        with full_disk_named(folder):
+            write(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # half of one is of no use, and takes room
+        raise
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
         folder.rename(old)

@@ -1,14 +1,15 @@
 """What the training stages share: the trainer's arguments, checkpoints to go on from, progress, gates on the way."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import TrainingArguments
 
@@ -17,6 +18,7 @@ from equipoise.data.files import write_aside
 from equipoise.train import preemption
 from equipoise.train.checkpoints import STATE_FILE, find_checkpoint, read_manifest, step_of
 from equipoise.train.claim import launch, recipe_digest, versions
+from equipoise.train.diagnostics.steps import StepWatch, StepWatchCallback
 from equipoise.train.model import adapters_in_fp32, merged, save_adapter, save_merged, save_policy
 from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
@@ -25,18 +27,6 @@ from equipoise.train.stages.context import Progress, StageContext
 
 class TrainingError(EquipoiseError):
     """Training cannot go on; the message says where the evidence was written."""
-
-
-def stop_non_finite(trainer: Trainer, what: str, rows: Sequence[Mapping[str, object]]) -> NoReturn:
-    """Write the batch's `what` (pairs, answers) beside the checkpoints; raise TrainingError, which names the file."""
-    path = Path(trainer.args.output_dir) / f"non_finite_rank{trainer.accelerator.process_index}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    step = trainer.state.global_step
-    path.write_text(json.dumps({"step": step, what: list(rows)}, indent=1) + "\n")
-    raise TrainingError(
-        f"the loss is not finite at step {step}; the batch's {what} and their values are in {path}. Lower "
-        "learning_rate, or train in float32 (model.dtype=float32); nothing after the last checkpoint is kept."
-    )
 
 
 def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -> str:
@@ -48,9 +38,7 @@ def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -
     main = trainer.accelerator.is_main_process
     if main:
         save_adapter(trained, policy, folder / "adapter")
-    if (
-        config.quantization != "none"
-    ):  # the adapter goes onto the weights that were quantised, not onto what was left
+    if config.quantization != "none":  # the adapter goes onto what was quantised, not onto what that left
         save_merged(trained, trainer.processing_class, config, folder / "model")
     else:
         final = merged(trained)
@@ -100,7 +88,7 @@ def training_arguments(stage: TrainingConfig, recipe: Recipe, folder: Path, num_
 
 
 def train(
-    trainer: Trainer,
+    trainer: Any,
     name: str,
     stage: StageConfig,
     context: StageContext,
@@ -113,16 +101,24 @@ def train(
     """
     adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)
+    unwrap = trainer.accelerator.unwrap_model
+    models = [
+        unwrap(model) for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None
+    ]
+    watch = StepWatch(name, stage, context, models, trainer.examples)
+    trainer.add_callback(
+        StepWatchCallback(watch)
+    )  # the first: what the others do is no part of a step's time
     trainer.add_callback(ProgressCallback(context.progress, f"{name}: training"))
     if context.recipe.gate.every and stage.evaluate:
         trainer.add_callback(_GateCallback(trainer, name, context))
-    ending = _PreemptionCallback()
+    ending = _PreemptionCallback(trainer.steps_between_checkpoints)
     trainer.add_callback(ending)  # the last: what the others do belongs to the step that is saved
     trainer.belongs_to = belongs_to(stage, context.recipe)
     folder = Path(trainer.args.output_dir)
     checkpoint = resume_from(folder, trainer.args.max_steps, stage, context, load_state)
     context.rewind(name, step_of(checkpoint) if checkpoint else 0)
-    with preemption.deferred():
+    with closing(watch), preemption.deferred():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if ending.ended:
             raise preemption.Preempted  # on every rank, whichever got the signal
@@ -195,14 +191,17 @@ def told_to_end() -> bool:
 
 
 class _PreemptionCallback(TrainerCallback):
-    """Save and stop behind the step in which the process was told to end."""
+    """Save and stop behind the step in which the process was told to end, the next one that can be saved."""
 
     ended = False
+
+    def __init__(self, steps_between_checkpoints: int) -> None:
+        self._every = steps_between_checkpoints
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if told_to_end():
+        if told_to_end() and (state.global_step % self._every == 0 or state.global_step == state.max_steps):
             self.ended = control.should_save = control.should_training_stop = True
 
 

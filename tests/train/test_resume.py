@@ -173,15 +173,16 @@ def test_a_checkpoint_of_other_steps_is_refused(
 def test_more_steps_end_where_as_many_from_the_start_do(
     train_stage: Any, make_stage: Callable[..., PreferenceStageConfig], tmp_path: Path
 ) -> None:
-    """At a constant learning rate. A schedule that the length decides goes on by the new length from there."""
+    """At a constant learning rate; to rounding, as the reference's log-probabilities were computed in other batches."""
     long, short = make_stage(num_steps=5, save_every=2), make_stage(num_steps=3, save_every=2)
     whole = train_stage(long, run="whole")
     train_stage(short, run="interrupted")
     assert set(checkpoints(tmp_path)) == {"checkpoint-2", "checkpoint-3"}
     resumed = train_stage(long, run="interrupted", forced=True)
     assert resumed.started_at == 3
-    assert resumed.metrics == whole.metrics[3:]
-    assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+    assert resumed.series("train/loss") == pytest.approx(whole.series("train/loss")[3:], abs=1e-5)
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=1e-4)
 
 
 def test_the_same_step_in_smaller_batches_goes_on(train_stage: Any, stage: PreferenceStageConfig) -> None:

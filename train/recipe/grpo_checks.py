@@ -38,6 +38,13 @@ def check_grpo_stage(
     at_least(0, f"{path}.beta", stage.beta, problems)
     at_least(2, f"{path}.num_generations", stage.num_generations, problems)
     at_least(1, f"{path}.num_iterations", stage.num_iterations, problems)
+    problems.expect(
+        stage.save_every % max(stage.num_iterations, 1) == 0,
+        f"{path}.save_every",
+        stage.save_every,
+        f"a multiple of num_iterations={stage.num_iterations}: a checkpoint holds no answers, so none is saved between "
+        "the steps on the same ones",
+    )
     positive(f"{path}.temperature", stage.temperature, problems)
     problems.expect(0 < stage.top_p <= 1, f"{path}.top_p", stage.top_p, "a share in (0, 1]")
     at_least(1, f"{path}.max_completion_length", stage.max_completion_length, problems)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
@@ -26,7 +27,6 @@ from equipoise.train.trainers.completion_head import add_completion_head, base_c
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
-from equipoise.train.training import TrainingError
 
 RewardFunction = Callable[..., list[Reward]]
 OUTCOMES = (Outcome.CORRECT, Outcome.ABSTAINED, Outcome.WRONG)
@@ -52,6 +52,8 @@ TOKEN_COLUMNS = ("num_trained", "kl_sum", "entropy_sum", "clipped_sum")
 class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
     """See the module. `dataset`, in order of drawing: prompt, answer, unanswerable, category, category_index."""
 
+    loss_column = "entropy_sum"
+
     def __init__(
         self,
         *,
@@ -76,6 +78,8 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         self._rewards = torch.empty(0)
         self._answers: dict[str, Tensor] = {}
         self._token_log_probs: tuple[Tensor, Tensor] | None = None
+        self._batches: list[Mapping[str, Any]] = []
+        """Of the step at work."""
         self._step = 0
         self._can_share = False
         """Whether the model takes rows that answers share."""
@@ -87,6 +91,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
             reward_funcs=[self._finite(name, function) for name, function in rewards.items()],
             **kwargs,
         )
+        self.steps_between_checkpoints = self.num_iterations  # then the answers have been used up
         add_completion_head(self.model)
         if self.ref_model is not None:
             add_completion_head(self.accelerator.unwrap_model(self.ref_model))
@@ -265,6 +270,9 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         assert self._token_log_probs is not None
         log_probs, entropies = self._token_log_probs
         mask = inputs["completion_mask"]
+        if not len(self._table):
+            self._batches.clear()
+        self._batches.append(inputs)
         kl = clipped = torch.zeros_like(log_probs)
         if self.beta:
             kl = k3(log_probs, inputs["ref_per_token_logps"])
@@ -278,12 +286,22 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
             *inputs["answer_rewards"].unbind(1),
             *((values * mask).sum(1) for values in (torch.ones_like(kl), kl, entropies, clipped)),
         )
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is not finite at step {self.state.global_step}. Lower learning_rate, or train in float32 "
-                "(model.dtype=float32); nothing after the last checkpoint is kept."
-            )
         return loss
+
+    def _described(self, slots: Sequence[int]) -> list[dict[str, Any]]:
+        """Prompts and sampled answers: each rank has its own."""
+        found = {slot: texts for mine in gather_object([self._texts()]) for slot, texts in mine.items()}
+        return [{"id": f"answer {slot}", **found[slot]} for slot in slots]
+
+    def _texts(self) -> dict[int, dict[str, str]]:
+        decode, texts = self._tokenizer.decode, {}
+        for batch in self._batches:
+            parts = [batch["answer_slot"].tolist()]
+            for name in ("prompt", "completion"):
+                ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"].bool()
+                parts.append([decode(row[kept]) for row, kept in zip(ids, mask, strict=True)])
+            texts |= {slot: {"prompt": p, "answer": a} for slot, p, a in zip(*parts, strict=True)}
+        return texts
 
     # ---- metrics, state ---------------------------------------------------------------------------------------
 
