@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from benchmarks.preference_result import spread
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from equipoise.data.errors import EquipoiseError
@@ -42,6 +43,9 @@ process's own CPU time, which other programs disturb less than the clock. With s
 eight times its batch size at a time (`GenerationSettings.batch_size`); --their-batch-size gives the others as much. The
 answers of `generate` and of the engine are compared; lm-eval's are not, for it decodes them with its own clean-up.
 """
+
+PAGE_SIZE = 32
+"""Tokens of a page of keys and values, for continuous batching."""
 
 
 def add_command(commands: Any) -> None:
@@ -147,7 +151,10 @@ def in_prompt_order(
 def in_continuous_batches(
     model: Any, tokenizer: Any, requests: Sequence[Request], settings: GenerationSettings
 ) -> list[str]:
-    """transformers' continuous batching, which pages keys and values and makes its batches as memory allows."""
+    """transformers' continuous batching, with pages of keys and values for all prompts at once.
+
+    Left to itself it would take most of the machine's memory.
+    """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=model.generation_config.eos_token_id,
@@ -155,8 +162,12 @@ def in_continuous_batches(
         do_sample=False,
     )
     rows = [encode_request(tokenizer, request).row for request in requests]
+    pages = sum(math.ceil((len(row) + settings.max_new_tokens) / PAGE_SIZE) for row in rows)
+    batching = ContinuousBatchingConfig(page_size=PAGE_SIZE, num_blocks=pages)
     with torch.no_grad():  # it writes in place into tensors that inference mode would forbid
-        outputs = model.generate_batch(rows, generation_config=config).values()
+        outputs = model.generate_batch(
+            rows, generation_config=config, continuous_batching_config=batching
+        ).values()
     return [tokenizer.decode(output.generated_tokens, skip_special_tokens=True) for output in outputs]
 
 
