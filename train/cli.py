@@ -24,6 +24,7 @@ from equipoise.train.preemption import REQUEUE, Preempted, handled
 from equipoise.train.recipe import RecipeError
 from equipoise.train.recipe.checks import near_misses
 from equipoise.train.recipe.loading import load_recipe
+from equipoise.train.redaction import secret_values, without_secrets
 
 CRASH, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     except EquipoiseError as error:
         code = USER_ERROR
         if first:
-            print(f"equipoise: {error}", file=sys.stderr)
+            print(f"equipoise: {without_secrets(str(error), secret_values())}", file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
         if first:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         code = exit.code if isinstance(exit.code, int) else USER_ERROR
     except Exception:  # every rank prints: the one that crashed may not be the first
         code = CRASH
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc(), secret_values()), end="", file=sys.stderr)
     if first and (file := os.environ.get(EXIT_CODE_FILE)):
         Path(file).write_text(f"{code}\n", encoding="utf-8")
     return code

@@ -1,14 +1,15 @@
 """What every stage is given: the recipe, the data, the run's folder, and where to report."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.judges.base import Judge
-from equipoise.eval.report.tables import Table
+from equipoise.eval.report.content import ReportContent
 from equipoise.train.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -40,9 +41,13 @@ class StageContext:
     """Category -> (unsafe, judged) in the last evaluation; None before the first."""
     load_judge: Callable[[], Judge] | None = None
     """The recipe's judge, for rewards that are its verdicts."""
+    log_speed: Callable[[Mapping[str, float], int, str], None] | None = None
+    """(measured speeds, step, stage); None: nobody asks how fast it goes."""
 
-    log_table: Callable[[str, Table, str], None] = lambda name, table, stage: None
-    """(name, table, stage): for trackers that show tables."""
+    log_evaluation: Callable[[ReportContent, str], None] = lambda content, label: None
+    """(the states to show, the new one last; its label): for dashboards."""
+    log_promoted: Callable[[Path, Sequence[str], Mapping[str, object]], None] = lambda *promoted: None
+    """(model folder, aliases, verdict): for dashboards."""
 
     finished: dict[str, "StageResult"] = field(default_factory=dict)
     """What the stages before this one left, by name."""
