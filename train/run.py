@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from equipoise.data.categorise import Guess
 from equipoise.data.crosswalk import find_taxonomy
-from equipoise.data.files import write_aside
+from equipoise.data.files import full_disk_named, write_aside
 from equipoise.data.preparation import Helpers
 from equipoise.data.report import write_preparation
 from equipoise.data.schema import Turn
@@ -34,9 +32,11 @@ from equipoise.eval.terminal import Progress, console, say
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.checkpoints import remove_checkpoints
 from equipoise.train.claim import claimed, forced
+from equipoise.train.diagnostics.alarms import Alarms
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.planning.dry_run import plan
+from equipoise.train.planning.phase_memory import highest_resident_set
 from equipoise.train.preemption import REQUEUE, Preempted
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.data_checks import check_data
@@ -85,7 +85,7 @@ def run(recipe: Recipe) -> int:
         with Progress() as progress:
             plan(recipe, data, base_folder, say, progress)
         return 0
-    with claimed(run_dir, recipe):
+    with full_disk_named(run_dir), claimed(run_dir, recipe):
         return _run(recipe, data, run_dir, base_folder)
 
 
@@ -98,6 +98,9 @@ def _run(recipe: Recipe, data: SafetyData, run_dir: Path, base_folder: str) -> i
                 write_preparation(run_dir / "data" / name.replace("/", "-"), name, preparation)
     state.wait_for_everyone()
     tracker = Tracker(run_dir, recipe.tracking, asdict(recipe)) if state.is_main_process else None
+    alarms = None
+    if tracker is not None:
+        alarms = Alarms(recipe.diagnostics, run_dir / "metrics.jsonl", tracker.log, say)
     exit_code = 1
     summary: dict[str, Any] = {}
     try:
@@ -107,9 +110,10 @@ def _run(recipe: Recipe, data: SafetyData, run_dir: Path, base_folder: str) -> i
                 data=data,
                 run_dir=run_dir,
                 base_folder=base_folder,
-                log=tracker.log if tracker is not None else lambda metrics, step, stage: None,
+                log=alarms.log if alarms is not None else lambda metrics, step, stage: None,
                 log_evaluation=tracker.log_evaluation if tracker is not None else lambda content, label: None,
                 log_promoted=tracker.log_promoted if tracker is not None else lambda *promoted: None,
+                log_speed=_log_speed(recipe, tracker),
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
@@ -127,6 +131,15 @@ def _run(recipe: Recipe, data: SafetyData, run_dir: Path, base_folder: str) -> i
             tracker.finish(exit_code, summary)
     state.wait_for_everyone()
     return exit_code
+
+
+def _log_speed(
+    recipe: Recipe, tracker: Tracker | None
+) -> Callable[[Mapping[str, float], int, str], None] | None:
+    """Where measured speeds go; every rank measures, the first one writes."""
+    if not recipe.diagnostics.speed:
+        return None
+    return tracker.log_speed if tracker is not None else lambda speeds, step, stage: None
 
 
 def _quiet_libraries() -> None:
@@ -303,7 +316,6 @@ def _finish(
     """Write summary.json and report.html, print the table; returns the summary."""
     recipe, run_dir = context.recipe, context.run_dir
     base = gatekeeper.reports.get(BASE)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     summary: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -317,7 +329,7 @@ def _finish(
         "exit_code": exit_code,
         "stages": facts,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": highest_resident_set(),
     }
     if changed := forced(run_dir):
         summary["forced"] = changed

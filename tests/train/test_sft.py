@@ -306,12 +306,3 @@ def test_unsafe_and_long_answers_are_left_out_and_said(train_sft: Any, make_data
     ]
     facts = trained.result.facts
     assert (facts["num_unsafe"], facts["num_too_long"], facts["num_answers"]) == (1, 1, 30)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_answers(train_sft: Any) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at step 1; .*non_finite_rank0\.json") as error:
-        train_sft(make_stage(learning_rate=1e30))
-    path = next(Path(word.rstrip(".")) for word in str(error.value).split() if "non_finite" in word)
-    written = json.loads(path.read_text())
-    assert len(written["answers"]) == 8
-    assert {row["nll"] for row in written["answers"]} & {"nan", "inf"}

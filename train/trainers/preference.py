@@ -8,7 +8,7 @@ Kept from TRL: adapters, reference handling, checkpoints, accelerate and DeepSpe
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -32,7 +32,6 @@ from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.random_contexts import RandomContexts
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import stop_non_finite
 
 
 class PreferenceTrainer(OptimizerSteps, DPOTrainer):
@@ -204,8 +203,6 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
             times = self.stage.token_bias.every * self.current_gradient_accumulation_steps
             loss = loss + self.stage.token_bias.coef * times * shift
         self._table.keep(*self._values(inputs, per_pair, logps, kl))
-        if not torch.isfinite(loss):
-            self._stop_non_finite(inputs, per_pair, logps)
         return loss
 
     def _log_ratio_loss(self, inputs: dict[str, Any], logps: PairLogps) -> tuple[Tensor, Tensor]:
@@ -239,18 +236,8 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         ref_hidden = self._reference.outputs(model, inputs).hidden
         return self._reference.exact_kl(model(**inputs).hidden, ref_hidden, "reverse").mean()
 
-    def _stop_non_finite(self, inputs: dict[str, Any], per_pair: Tensor, logps: PairLogps) -> NoReturn:
-        values = (values.tolist() for values in (inputs["pair"], per_pair, logps.chosen, logps.rejected))
-        rows = [
-            {
-                "id": self.pair_ids[pair],
-                "loss": repr(loss),
-                "chosen_logp": repr(chosen),
-                "rejected_logp": repr(rejected),
-            }
-            for pair, loss, chosen, rejected in zip(*values, strict=True)
-        ]
-        stop_non_finite(self, "pairs", rows)
+    def _id_of(self, row: Mapping[str, Any]) -> str:
+        return self.pair_ids[row["pair"]]
 
     # ---- metrics and category state -----------------------------------------------------------------------------
 

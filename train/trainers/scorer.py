@@ -4,7 +4,6 @@ Both answers of a pair are scored in one row behind one prompt (`pairs.py`), eac
 the preferred one of a reward model, and the less harmful one of a cost model.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers.training_args import TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from equipoise.data.files import write_aside
 from equipoise.eval.scorer import Scorer
 from equipoise.train.losses.cost import cost_loss, reward_loss
 from equipoise.train.pairs import PairCollator, model_inputs
@@ -46,6 +44,8 @@ class ScorePairCollator(PairCollator):
 
 class ScorerTrainer(OptimizerSteps):
     """See the module. `dataset` holds the pairs in training order, one row a draw; `held_out` those not trained on."""
+
+    examples = "pairs"
 
     def __init__(
         self,
@@ -82,8 +82,6 @@ class ScorerTrainer(OptimizerSteps):
         loss, difference = self.pair_loss(chosen, rejected, inputs)
         labels = [inputs[name] for name in LABELS]
         self._table.keep(inputs["slot"], category, loss, difference, chosen, rejected, *labels)
-        if not bool(torch.isfinite(loss).all()):
-            self._stop_non_finite(inputs, chosen, rejected)
         _, _, weight = self.terms.per_pair(category, 1.0)
         return (weight * loss).mean()
 
@@ -107,17 +105,8 @@ class ScorerTrainer(OptimizerSteps):
         ends = model(**inputs, end_index=batch["end_index"]).end_scores
         return ends[0::2], ends[1::2]
 
-    def _stop_non_finite(self, inputs: dict[str, Any], chosen: Tensor, rejected: Tensor) -> None:
-        path = Path(self.args.output_dir) / f"non_finite_rank{self.accelerator.process_index}.json"
-        rows = [
-            {"id": self.pair_ids[pair], "chosen_score": repr(c), "rejected_score": repr(r)}
-            for pair, c, r in zip(inputs["pair"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
-        ]
-        write_aside(path, json.dumps({"step": self.state.global_step, "pairs": rows}, indent=1) + "\n")
-        raise TrainingError(
-            f"the loss is not finite at step {self.state.global_step}; the batch's pair ids and scores are in {path}. "
-            "Lower learning_rate, or train in float32 (model.dtype=float32); nothing after the last checkpoint is kept."
-        )
+    def _id_of(self, row: Mapping[str, Any]) -> str:
+        return self.pair_ids[row["pair"]]
 
     # ---- metrics ----------------------------------------------------------------------------------------------
 

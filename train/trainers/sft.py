@@ -22,7 +22,6 @@ from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.step_table import StepTable
-from equipoise.train.training import stop_non_finite
 
 COLUMNS = ("slot", "category", "nll", "num_tokens", "kl")
 """What is kept of every answer until the step is logged; nll is summed over its tokens."""
@@ -31,6 +30,7 @@ COLUMNS = ("slot", "category", "nll", "num_tokens", "kl")
 class SupervisedTrainer(OptimizerSteps, SFTTrainer):
     """See the module. `dataset` holds the answers in training order, one row a draw (see `answers.encode_chosen`)."""
 
+    loss_column = "nll"
     loss_is_scaled_for_ga = True
     """Said to transformers: `compute_loss` divides by the step's tokens, not by the microbatch's."""
 
@@ -126,11 +126,10 @@ class SupervisedTrainer(OptimizerSteps, SFTTrainer):
             self._benign_kl = benign_kl.detach()
             loss = loss + self.stage.kl.coef * benign_kl
         self._table.keep(inputs["slot"], category, nll, inputs["lengths"], kl)
-        if not torch.isfinite(loss):
-            values = zip(inputs["example"].tolist(), nll.tolist(), inputs["lengths"].tolist(), strict=True)
-            rows = [{"id": self.ids[example], "nll": repr(v), "num_tokens": n} for example, v, n in values]
-            stop_non_finite(self, "answers", rows)
         return loss
+
+    def _id_of(self, row: Mapping[str, Any]) -> str:
+        return self.ids[row["example"]]
 
     # ---- metrics and category state -----------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ class StepTable:
         assert columns[0] == "slot"
         self.columns = tuple(columns)
         self._rows: list[Tensor] = []
+        self.last: dict[str, Tensor] = {}
+        """What was gathered last."""
 
     def __len__(self) -> int:
         """Microbatches kept."""
@@ -47,7 +49,8 @@ class StepTable:
                 slots.add(slot)
                 first.append(i)
         first.sort(key=lambda i: local[i, 0].item())  # the order of one process, whatever the ranks
-        return dict(zip(self.columns, local[first].unbind(1), strict=True))
+        self.last = dict(zip(self.columns, local[first].unbind(1), strict=True))
+        return self.last
 
 
 def mean_by_category(

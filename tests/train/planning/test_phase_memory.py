@@ -29,3 +29,21 @@ def test_where_nothing_is_known_nothing_is_said(monkeypatch: pytest.MonkeyPatch,
     with memory.measured("any"):
         pass
     assert memory.peaks == {}
+
+
+@pytest.mark.skipif(
+    not phase_memory._can_reset(), reason="this system does not tell a process its peak memory"
+)
+def test_a_phase_inside_another_hides_nothing_from_it() -> None:
+    """The peak is one of the process: the inner phase sets it back, and the outer one still has seen it."""
+    memory, inner = PhaseMemory(CPU), PhaseMemory(CPU)
+    before = phase_memory.highest_resident_set()
+    with memory.measured("whole"):
+        torch.ones(64 * 2**20).sum()  # 256 MiB in front of it
+        PhaseMemory(CPU)  # looking whether it can be set back sets it back
+        with inner.measured("part"):
+            torch.ones(8).sum()
+        with inner.measured("part"):
+            torch.ones(32 * 2**20).sum()  # 128 MiB inside
+    assert memory.peaks["whole"] - inner.peaks["part"] > 100 * 2**20
+    assert phase_memory.highest_resident_set() >= max(before, memory.peaks["whole"])
