@@ -42,13 +42,13 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error):
+        if isinstance(error, DiskFullError) or not _is_full_disk(error):
             raise
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         free = shutil.disk_usage(folder).free
         raise DiskFullError(
-            f"{path} could not be written: no space left ({free / 2**20:.1f} MiB are free in {folder}). Make room "
-            "there, or move the folder to a larger disk, and run the same command again: it goes on from what is whole."
+            f"{path} could not be written: no space left ({free / 2**20:.1f} MiB are free in {folder}; {error}). Make "
+            "room, or move the folder to a larger disk, and run the same command again: it goes on from what is whole."
         ) from error
 
 

@@ -43,7 +43,7 @@ def test_whoever_writes_a_full_disk_has_one_name(error: Exception, tmp_path: Pat
     with pytest.raises(DiskFullError) as raised, full_disk_named(tmp_path / "not" / "there" / "file"):
         raise error
     assert raised.value.__cause__ is error
-    assert f"free in {tmp_path})" in str(raised.value)
+    assert f"free in {tmp_path}; {error})" in str(raised.value)
 
 
 def test_other_errors_keep_theirs(tmp_path: Path) -> None:
