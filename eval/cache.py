@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
@@ -157,8 +156,8 @@ class Cache:
 class CachedEngine:
     """An `Engine` that completes only what the cache does not hold.
 
-    Requests are sent `batch_size` at a time, the longest first, and stored batch by batch. The n-th of several equal
-    requests in one call is the n-th sample: it has a key of its own.
+    Requests are sent `batch_size` at a time, the longest first, and stored batch by batch. Equal requests have one
+    reply: `Request.sample` tells several answers to one prompt apart.
     """
 
     def __init__(self, engine: Engine, cache: Cache, batch_size: int = 128) -> None:
@@ -174,12 +173,7 @@ class CachedEngine:
     def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
         """Complete every request; as the engine itself."""
         about = digest(self.engine.description)
-        num_seen: Counter[str] = Counter()
-        keys = []
-        for request in requests:
-            content = digest(request)
-            keys.append(digest([about, content, num_seen[content]]))
-            num_seen[content] += 1
+        keys = [digest([about, request]) for request in requests]
         # What does not fit into memory fails at once, and the engine's batches stay even.
         order = sorted(range(len(requests)), key=lambda i: -_length(requests[i]))
         return _through(

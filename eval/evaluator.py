@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.data.schema import Exchange
 from equipoise.eval.category_report import CategoryReport, SampleResult
-from equipoise.eval.generation.requests import Engine, Finish, Progress, Reply, Request
+from equipoise.eval.generation.requests import Engine, Finish, Progress, Reply, Request, numbered
 from equipoise.eval.generation.settings import GenerationSettings
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
 from equipoise.eval.suites import harmful, lookalike
@@ -41,7 +41,7 @@ class EvaluationSettings:
 
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     num_samples: int = 1
-    """Answers to each prompt; more than one needs a temperature above 0, and the n-th has the seed `seed` + n."""
+    """Answers to each prompt, each with a seed of its own; more than one needs a temperature above 0."""
     max_prompts_per_category: int | None = None
     """Of the harmful and of the look-alike suite, the first so many prompts of each category; None: all."""
     max_helpful_prompts: int | None = None
@@ -69,12 +69,6 @@ class EvaluationSettings:
                 "ask for one answer"
             )
 
-    def by_sample(self) -> list[GenerationSettings]:
-        """How the first, second ... answer to a prompt is decoded: alike but for the seed."""
-        return [
-            replace(self.generation, seed=self.generation.seed + number) for number in range(self.num_samples)
-        ]
-
 
 def evaluate(
     model: Any,
@@ -97,11 +91,11 @@ def evaluate(
     from equipoise.eval.suites.helpfulness import ModelScorer
 
     suites = suites_of(data, settings)
-    engines = [TransformersEngine(model, tokenizer, sampled, token_bias) for sampled in settings.by_sample()]
+    engine = TransformersEngine(model, tokenizer, settings.generation, token_bias)
     scorer = ModelScorer(
         model, tokenizer, settings.helpfulness_batch_size, settings.helpfulness_max_length, token_bias
     )
-    return evaluate_suites(engines, suites, judge, settings, state, model_name, scorer, progress)
+    return evaluate_suites(engine, suites, judge, settings, state, model_name, scorer, progress)
 
 
 def suites_of(data: SuiteData, settings: EvaluationSettings) -> list[Suite]:
@@ -123,7 +117,7 @@ def suites_of(data: SuiteData, settings: EvaluationSettings) -> list[Suite]:
 
 
 def evaluate_suites(
-    engines: Sequence[Engine],
+    engine: Engine | None,
     suites: Sequence[Suite],
     judge: Judge | None,
     settings: EvaluationSettings,
@@ -134,10 +128,10 @@ def evaluate_suites(
 ) -> CategoryReport:
     """Ask every suite of one model state, judge the answers, and put all of it into a report.
 
-    engines: one for each answer wanted of a prompt (`EvaluationSettings.by_sample`). judge: None where answers are only
-    collected, to be compared with others. scorer: for the helpfulness suite alone.
+    engine: None where no suite wants answers. judge: None where answers are only collected, to be compared with others.
+    scorer: for the helpfulness suite alone.
 
-    Where torch.distributed is initialised, each rank takes every world-size-th prompt and all ranks return the whole
+    Where torch.distributed is initialised, each rank takes every world-size-th answer and all ranks return the whole
     report, in the order of a single process; every rank must call it. Raises DataError before any work where an id
     occurs twice in a suite, and EquipoiseError where a suite lacks its judge or scorer.
     """
@@ -152,12 +146,12 @@ def evaluate_suites(
         raise EquipoiseError("A suite whose answers are judged was given no judge.")
     results: list[SampleResult] = []
     for suite in suites:
-        mine = suite.exchanges[_rank() :: _world_size()]
         if suite.name == HELPFULNESS:
             assert scorer is not None
-            results += _scored(scorer, mine, progress)
+            results += _scored(scorer, suite.exchanges[_rank() :: _world_size()], progress)
         else:
-            results += _answered_and_judged(engines, suite.name, mine, judge, settings, progress)
+            assert engine is not None
+            results += _answered_and_judged(engine, suite, judge, settings, progress)
     # Strided shares come back rank after rank; put them into the order of the suites again.
     place = {id: index for index, id in enumerate(order)}
     results = sorted(
@@ -173,29 +167,31 @@ def evaluate_suites(
         num_left_out={suite.name: suite.num_available - len(suite.exchanges) for suite in suites},
         seconds=max(_gather([time.perf_counter() - started])),
         suites=tuple(_plain(suite.facts) for suite in suites if suite.facts),
-        engine=_plain(engines[0].description) if engines else {},
+        engine=_plain(engine.description) if engine is not None else {},
     )
 
 
 def _answered_and_judged(
-    engines: Sequence[Engine],
-    suite: str,
-    exchanges: Sequence[Exchange],
+    engine: Engine,
+    suite: Suite,
     judge: Judge | None,
     settings: EvaluationSettings,
     progress: Progress | None,
 ) -> list[SampleResult]:
-    """Samples of one suite; those of one prompt differ in their id, and share its `prompt_id`."""
-    requests = [
-        Request(messages=tuple(exchange.prompt), max_new_tokens=settings.generation.max_new_tokens)
-        for exchange in exchanges
+    """This rank's samples of one suite; those of one prompt differ in their id, and share its `prompt_id`."""
+    wanted = [
+        (exchange, exchange.id if settings.num_samples == 1 else f"{exchange.id}#{number}")
+        for exchange in suite.exchanges
+        for number in range(settings.num_samples)
     ]
-    asked: list[tuple[Exchange, str, Reply]] = []
-    for number, engine in enumerate(engines):
-        what = f"{suite}: generating" + (f" ({number + 1} of {len(engines)})" if len(engines) > 1 else "")
-        replies = engine.complete(requests, _named(progress, what)) if requests else []
-        ids = [exchange.id if len(engines) == 1 else f"{exchange.id}#{number}" for exchange in exchanges]
-        asked += zip(exchanges, ids, replies, strict=True)
+    # Numbered before they are shared out: which of several equal prompts this is must not depend on the ranks.
+    requests = numbered(
+        Request(messages=tuple(exchange.prompt), max_new_tokens=settings.generation.max_new_tokens)
+        for exchange, _ in wanted
+    )[_rank() :: _world_size()]
+    replies = engine.complete(requests, _named(progress, f"{suite.name}: generating")) if requests else []
+    mine = wanted[_rank() :: _world_size()]
+    asked = [(exchange, id, reply) for (exchange, id), reply in zip(mine, replies, strict=True)]
     answered = [(exchange, reply.text) for exchange, _, reply in asked if reply.text is not None]
     if judge is None or not answered:
         judged: list[Judgement | None] = [None] * len(answered)
@@ -204,12 +200,14 @@ def _answered_and_judged(
             *judge.judge(
                 [exchange.prompt for exchange, _ in answered],
                 [text for _, text in answered],
-                progress=_named(progress, f"{suite}: judging"),
+                progress=_named(progress, f"{suite.name}: judging"),
             )
         ]
     found = iter(judged)
     return [
-        _sample(suite, exchange, id, reply, next(found) if reply.text is not None else _unanswered(reply))
+        _sample(
+            suite.name, exchange, id, reply, next(found) if reply.text is not None else _unanswered(reply)
+        )
         for exchange, id, reply in asked
     ]
 

@@ -72,24 +72,23 @@ class EvaluationJob:
         settings, suites = self.settings, suites_of(self.prompts, self.settings)
         scorer = local.scorer(settings.helpfulness_batch_size, settings.helpfulness_max_length)
         if self.engine.name == "transformers":
-            engines = [local.engine(sampled) for sampled in settings.by_sample()]
+            engine = local.engine(settings.generation)
             return evaluate_suites(
-                engines, suites, judge, settings, self.state, self.model.id, scorer, progress
+                engine, suites, judge, settings, self.state, self.model.id, scorer, progress
             )
         # Likelihoods first, and their model gone before vLLM takes the memory.
         helpful = [suite for suite in suites if suite.name == HELPFULNESS]
-        scored = evaluate_suites([], helpful, None, settings, self.state, self.model.id, scorer, progress)
+        scored = evaluate_suites(None, helpful, None, settings, self.state, self.model.id, scorer, progress)
         del local, scorer
         _free_memory()
         answered = evaluate_suites(
-            [remote_engine(self.engine, self.model, sampled, self.tsdi) for sampled in settings.by_sample()],
+            remote_engine(self.engine, self.model, settings.generation, self.tsdi),
             [suite for suite in suites if suite.name != HELPFULNESS],
             judge,
             settings,
             self.state,
             self.model.id,
-            None,
-            progress,
+            progress=progress,
         )
         return replace(
             answered,

@@ -46,10 +46,6 @@ def check(config: CommandConfig) -> None:
     if name not in ("likelihood", "lm_eval"):
         problems = judge_problems(config.judge, pairwise=name == "win_rate")
         found |= {f"judge.{key}": why for key, why in problems.items()}
-    if config.num_samples > 1 and config.engine.name == "vllm":
-        found["num_samples"] = (
-            "each answer has a seed of its own, and vLLM would be loaded once for each: serve the model"
-        )
     if config.num_samples > 1 and name in ("win_rate", "likelihood", "lm_eval"):
         found["num_samples"] = f"found {config.num_samples}, but suite={name} takes one answer to a prompt"
     for key in ("calibration", "baseline"):
@@ -105,7 +101,7 @@ class Evaluation:
         theirs = self._opponent_answers(suites[0]) if compares else {}
         scorer = self._scorer(local) if any(suite.name == HELPFULNESS for suite in suites) else None
         report = evaluate_suites(
-            self._engines(local),
+            self._engine(local),
             suites,
             judge,
             settings(config),
@@ -124,16 +120,14 @@ class Evaluation:
             name, keys.source, keys.path, keys.fields, keys.taxonomy, keys.mirror, self.config.limit
         )
 
-    def _engines(self, local: LocalModel | None) -> list[Engine]:
-        engines: list[Engine] = []
-        for sampled in settings(self.config).by_sample():
-            engine: Engine = (
-                local.engine(sampled)
-                if local is not None
-                else remote_engine(self.config.engine, self.config.model, sampled, self.config.tsdi)
-            )
-            engines.append(engine if self.cache is None else CachedEngine(engine, self.cache))
-        return engines
+    def _engine(self, local: LocalModel | None) -> Engine:
+        decoding = settings(self.config).generation
+        engine: Engine = (
+            local.engine(decoding)
+            if local is not None
+            else remote_engine(self.config.engine, self.config.model, decoding, self.config.tsdi)
+        )
+        return engine if self.cache is None else CachedEngine(engine, self.cache)
 
     def _scorer(self, local: LocalModel | None) -> ReferenceScorer:
         assert local is not None, "checked with the configuration"
@@ -180,7 +174,7 @@ class Evaluation:
             chosen.generation.batch_size,
             chosen.generation.seed,
         )
-        report = evaluate_suites([], [], None, chosen, config.state, config.model.id)
+        report = evaluate_suites(None, [], None, chosen, config.state, config.model.id)
         return replace(report, engine=dict(local.description), capability=tuple(entries))
 
     def _opponent_answers(self, suite: Suite) -> dict[str, str]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.errors import DataError
 from equipoise.data.schema import Turn
-from equipoise.eval.generation.requests import EngineError, Finish, Progress, Request
+from equipoise.eval.generation.requests import EngineError, Finish, Progress, Request, numbered
 from equipoise.eval.generation.settings import GenerationSettings
 from equipoise.eval.generation.transformers_engine import TransformersEngine, end_tokens
 from equipoise.eval.generation.tsdi import TokenBias
@@ -38,14 +38,16 @@ def generate(
 ) -> list[Generation]:
     """Answer `prompts`, each a conversation that ends in a user turn; answers come in the prompts' order.
 
-    As `TransformersEngine`, but all or nothing.
+    As `TransformersEngine`, but all or nothing, and equal prompts are answered anew where answers are sampled.
 
     Raises:
         DataError: prompts longer than `max_prompt_tokens` or than the model's context allows; before any work.
         EngineError: a prompt that the chat template refuses, or that alone runs out of memory.
     """
     engine = TransformersEngine(model, tokenizer, settings, token_bias)
-    requests = [Request(messages=tuple(prompt), max_new_tokens=settings.max_new_tokens) for prompt in prompts]
+    requests = numbered(
+        Request(messages=tuple(prompt), max_new_tokens=settings.max_new_tokens) for prompt in prompts
+    )
     _check_lengths(engine, requests)
     replies = engine.complete(requests, progress)
     for index, reply in enumerate(replies):

@@ -3,8 +3,11 @@
 Answers of the model under test and verdicts of a judge travel in the same two records.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -30,12 +33,37 @@ class Request:
     choices: tuple[str, ...] = ()
     """Texts whose first token's log-probability is wanted (`safe`, `unsafe`), at the answer's first position that is
     not white space: Llama Guard 3 and 4 write an empty line before their verdict."""
+    sample: int = 0
+    """Which of several answers to the same prompt, where answers are sampled: each has a seed of its own."""
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
             raise ValueError("a request has either messages or text")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+
+    def seed(self, seed: int) -> int:
+        """The request's own seed, given that of the settings: 31 bits, which every server takes.
+
+        It follows from prompt and `sample` alone, so that a sampled reply depends neither on what else is asked nor on
+        how many ranks share the requests.
+        """
+        messages = None if self.messages is None else [dict(message) for message in self.messages]
+        content = json.dumps(
+            [seed, self.sample, messages, self.text, dict(self.template_options)], sort_keys=True
+        )
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:4]) >> 1
+
+
+def numbered(requests: Iterable[Request]) -> list[Request]:
+    """The requests, equal ones told apart by their `sample`: 0, 1, 2 ..."""
+    num_seen: Counter[str] = Counter()
+    told_apart = []
+    for request in requests:
+        key = repr((request.messages, request.text, request.template_options))
+        told_apart.append(replace(request, sample=num_seen[key]))
+        num_seen[key] += 1
+    return told_apart
 
 
 class EngineError(EquipoiseError):

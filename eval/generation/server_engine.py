@@ -94,7 +94,7 @@ class ServerEngine:
     server gives, whatever it calls them (vLLM: the model's own, before sampling); choices not among its most
     probable first tokens are absent. `Reply.num_tokens` is what the server counted, thinking and end token included.
 
-    The seed is sent with every request; whether a server keeps to it, and whether batching changes greedy answers,
+    Every request is sent with its own seed; whether a server keeps to it, and whether batching changes greedy answers,
     is up to the server. `GenerationSettings.max_prompt_tokens` and `batch_size` are not used: the server has its own.
     """
 

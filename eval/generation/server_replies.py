@@ -38,7 +38,7 @@ def request_body(
         "max_tokens": request.max_new_tokens,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
-        "seed": settings.seed,
+        "seed": request.seed(settings.seed),
     }
     if request.messages is None:
         body["prompt"] = request.text

@@ -16,7 +16,7 @@ class GenerationSettings:
     """Prompts of the longest length allowed that are answered at a time; shorter ones up to eight times as many, in the
     same memory. On a GPU take what fits."""
     temperature: float = 0.0
-    """0: greedy. Above: sampling, reproducible for the same seed, batch size and prompts."""
+    """0: greedy. Above: sampling, each answer by a seed of its own, which follows from `seed` and the prompt."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with at least this probability; 1: from all."""
     max_prompt_tokens: int = 1024

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -16,12 +15,11 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 from xxhash import xxh3_128
 
 from equipoise.eval.generation.batches import base_of, decoding_by, inference, left_pad
+from equipoise.eval.generation.drawing import DrawnToken, Sampler, random_numbers
 from equipoise.eval.generation.encoding import Encoded, RefusedError, encode_request
 from equipoise.eval.generation.reasoning import split_reasoning
 from equipoise.eval.generation.requests import Finish, Progress, Reply, Request
@@ -37,14 +35,14 @@ MOST_SLOTS = 8
 
 
 class TransformersEngine:
-    """Complete requests with a transformers model, whose mode, generation config and random state stay as they were.
+    """Complete requests with a transformers model, whose mode and generation config stay as they were.
 
     A LoRA-wrapped model answers with its adapter if that is switched on. `token_bias` is taken out of the first
     positions of every answer, as its settings say (TSDI). `choice_logprobs` are the model's own, in fp32: neither TSDI
     nor temperature nor top_p has touched them, since they ask what the model thinks, not what it is made to say.
     Choices that begin with the same token get the same number; one without any token is absent.
 
-    Greedy replies in fp32 do not depend on the batch size; in bf16 near-ties can fall either way.
+    Replies in fp32 do not depend on what else is asked, greedy or sampled; in bf16 near-ties can fall either way.
     """
 
     def __init__(
@@ -111,7 +109,11 @@ class TransformersEngine:
                 replies[index] = Reply(None, Finish.OVERLONG, error=message)
             else:
                 asked[index] = encoded
-        for index, reply in self._decode(asked):
+        numbers: dict[int, list[float]] = {}
+        if self.settings.temperature > 0:
+            seeds = {index: requests[index].seed(self.settings.seed) for index in asked}
+            numbers = {index: random_numbers(seed, asked[index].limit) for index, seed in seeds.items()}
+        for index, reply in self._decode(asked, numbers):
             replies[index] = reply
             if progress is not None:
                 progress(len(replies), len(requests), "answers")
@@ -133,11 +135,16 @@ class TransformersEngine:
         """Tokens of a request as the model reads it."""
         return len(encode_request(self.tokenizer, request).row)
 
-    def _decode(self, asked: Mapping[int, Encoded]) -> Iterator[tuple[int, Reply]]:
-        """Replies as they come; halves the batch size when memory runs out."""
+    def _decode(
+        self, asked: Mapping[int, Encoded], numbers: Mapping[int, Sequence[float]]
+    ) -> Iterator[tuple[int, Reply]]:
+        """Replies as they come; halves the batch size when memory runs out.
+
+        numbers: to draw each answer's tokens by; {}: greedy.
+        """
         # The longest first: what does not fit into memory fails at once, and rows of a batch are about even.
         waiting = sorted(asked, key=lambda index: len(asked[index].row), reverse=True)
-        with inference(self.model), self._seeded():
+        with inference(self.model):
             if self._in_slots is None:
                 self._in_slots = decodes_in_slots(self.base)
             at_once = self._num_at_once(asked) if self._in_slots else self.settings.batch_size
@@ -145,7 +152,7 @@ class TransformersEngine:
             while waiting:
                 done: set[int] = set()
                 try:
-                    for index, tokens, logprobs in answers(waiting, asked, at_once):
+                    for index, tokens, logprobs in answers(waiting, asked, numbers, at_once):
                         done.add(index)
                         yield index, self._reply(asked[index], tokens, logprobs)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -177,12 +184,16 @@ class TransformersEngine:
         return math.ceil(len(asked) / math.ceil(len(asked) / most))
 
     def _answers_in_slots(
-        self, waiting: Sequence[int], asked: Mapping[int, Encoded], num_slots: int
+        self,
+        waiting: Sequence[int],
+        asked: Mapping[int, Encoded],
+        numbers: Mapping[int, Sequence[float]],
+        num_slots: int,
     ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
         """(index, answer's tokens, log-probabilities of its choices), as they end."""
         logprobs: dict[int, dict[str, float]] = {}
         begun: set[int] = set()  # places whose answer has said something else than white space
-        warpers = _warpers(self.settings)
+        sampler = Sampler(self.settings) if numbers else None
 
         def choose(logits: Tensor, places: list[int], answered: list[int]) -> Tensor:
             wanted = [
@@ -191,10 +202,11 @@ class TransformersEngine:
             for at in wanted:
                 logprobs[places[at]] = _choice_logprobs(logits[at], asked[waiting[places[at]]].choices)
             scores = self._corrected(logits, answered)
-            if self.settings.temperature == 0:
+            if sampler is None:
                 tokens = scores.argmax(-1)
             else:
-                tokens = torch.multinomial(warpers(None, scores).softmax(-1), num_samples=1)[:, 0]
+                at_hand = zip(places, answered, strict=True)
+                tokens = sampler(scores, [numbers[waiting[place]][position] for place, position in at_hand])
             begun.update(places[at] for at in wanted if not self._is_blank(int(tokens[at])))
             return tokens
 
@@ -218,12 +230,16 @@ class TransformersEngine:
         return logits
 
     def _answers_in_batches(
-        self, waiting: Sequence[int], asked: Mapping[int, Encoded], batch_size: int
+        self,
+        waiting: Sequence[int],
+        asked: Mapping[int, Encoded],
+        numbers: Mapping[int, Sequence[float]],
+        batch_size: int,
     ) -> Iterator[tuple[int, list[int], dict[str, float]]]:
         """The same by the model's own `generate`, for what cannot be decoded in slots; one limit a batch."""
         for limit in sorted({asked[index].limit for index in waiting}):
             alike = [index for index in waiting if asked[index].limit == limit]
-            with decoding_by(self.base, _config(self.tokenizer, self.ends, self.settings, limit)):
+            with decoding_by(self.base, _config(self.tokenizer, self.ends, limit)):
                 for start in range(0, len(alike), batch_size):
                     batch = alike[start : start + batch_size]
                     input_ids, attention_mask = left_pad(
@@ -235,6 +251,10 @@ class TransformersEngine:
                     if self._correction is not None and self.token_bias is not None:
                         plausibility = self.token_bias.settings.plausibility
                         processors.append(TSDILogitsProcessor(self._correction, width, plausibility))
+                    if numbers:
+                        processors.append(
+                            DrawnToken(Sampler(self.settings), width, [numbers[index] for index in batch])
+                        )
                     # The class's own: a folder's custom_generate, loaded with trust_remote_code, would replace it.
                     output = type(self.base).generate(
                         self.base,
@@ -255,16 +275,6 @@ class TransformersEngine:
         answer, reasoning = split_reasoning(text, asked.prompt_end)
         finish = Finish.LENGTH if length is None else Finish.STOP
         return Reply(answer, finish, len(said), logprobs, reasoning)
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        """Sample from a seed of our own and leave the random state of the process untouched."""
-        sampling = self.settings.temperature > 0
-        devices = [self.base.device] if self.base.device.type == "cuda" else []
-        with torch.random.fork_rng(devices) if sampling else nullcontext():
-            if sampling:
-                torch.manual_seed(self.settings.seed)
-            yield
 
 
 class _FirstLogits(LogitsProcessor):
@@ -301,28 +311,13 @@ def _choice_logprobs(logits: Tensor, choices: Mapping[str, int]) -> dict[str, fl
     return dict(zip(choices, values, strict=True))
 
 
-def _warpers(settings: GenerationSettings) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if settings.temperature > 0:
-        warpers.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
-
-
-def _config(
-    tokenizer: PreTrainedTokenizerBase, ends: set[int], settings: GenerationSettings, max_new_tokens: int
-) -> GenerationConfig:
-    sampling: dict[str, Any] = {}
-    if settings.temperature > 0:
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+def _config(tokenizer: PreTrainedTokenizerBase, ends: set[int], max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,  # training switches it off in the model's config
-        do_sample=settings.temperature > 0,
-        **sampling,
+        do_sample=False,  # `DrawnToken` leaves one token to choose
     )
 
 

@@ -27,7 +27,7 @@ class VLLMEngine:
     Prompts are encoded here as `TransformersEngine` encodes them, so that both ask a model the same. Sampling
     parameters are given whole, so that a model's own generation defaults do not count. Log-probabilities of choices
     are the model's own (vLLM's `raw_logprobs`), without TSDI; choices not among the 20 most probable tokens are absent.
-    A seed makes sampling repeatable, as far as vLLM's batching allows.
+    Every request has a seed of its own, so that sampling is repeatable as far as vLLM's batching allows.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class VLLMEngine:
         if asked:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": encoded.row} for encoded in asked.values()],
-                [self._params(encoded) for encoded in asked.values()],
+                [self._params(requests[index], encoded) for index, encoded in asked.items()],
                 use_tqdm=False,
             )
             for index, output in zip(asked, outputs, strict=True):
@@ -109,11 +109,11 @@ class VLLMEngine:
             log.warning("%d of %d requests failed.", num_failed, len(requests))
         return [replies[index] for index in range(len(requests))]
 
-    def _params(self, encoded: Encoded) -> Any:
+    def _params(self, request: Request, encoded: Encoded) -> Any:
         return self._sampling_params(
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
-            seed=self.settings.seed,
+            seed=request.seed(self.settings.seed),
             max_tokens=encoded.limit,
             logprobs=NUM_LOGPROBS if encoded.choices else None,
         )

@@ -13,7 +13,7 @@ import pytest
 
 from equipoise.data.schema import Exchange, Turn
 from equipoise.eval.cache import Cache, CachedEngine, CachedJudge, CachedScorer, CacheError, digest
-from equipoise.eval.generation.requests import Finish, Progress, Reply, Request
+from equipoise.eval.generation.requests import Finish, Progress, Reply, Request, numbered
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
 
 
@@ -102,14 +102,20 @@ def test_a_description_that_is_no_plain_value_is_refused(tmp_path: Path) -> None
         CachedEngine(Echo({"model": object()}), cache).complete([question("a")])
 
 
-def test_equal_requests_are_samples_of_their_own(tmp_path: Path) -> None:
+def test_samples_of_one_prompt_have_replies_of_their_own_and_equal_requests_one(tmp_path: Path) -> None:
     with Cache(tmp_path / "cache.sqlite") as cache:
-        first = CachedEngine(Echo(), cache).complete([question("a")] * 3)
+        first = CachedEngine(Echo(), cache).complete(numbered([question("a")] * 3))
         assert len({reply.text for reply in first}) == 3
         engine = Echo()
-        again = CachedEngine(engine, cache).complete([question("a")] * 4)
-    assert again[:3] == first
-    assert engine.asked == ["a"]
+        again = CachedEngine(engine, cache).complete(numbered([question("a")] * 4))
+        assert again[:3] == first
+        assert engine.asked == ["a"]
+        engine = Echo()
+        assert (
+            CachedEngine(engine, cache).complete([question("b")] * 3)
+            == [Echo().complete([question("b")])[0]] * 3
+        )
+    assert engine.asked == ["b"]
 
 
 def test_a_failed_reply_is_asked_again(tmp_path: Path) -> None:

@@ -67,6 +67,15 @@ SETTINGS = EvaluationSettings(
 )
 
 
+SAMPLED = {
+    "suites": replace(
+        make_suites(), lookalike_prompts=[exchange(f"look-{i}", "S1", "kill") for i in range(5)]
+    ),
+    "settings": replace(SETTINGS, generation=replace(SETTINGS.generation, temperature=1.0), num_samples=2),
+}
+"""Two answers to every prompt, five prompts alike: which answer is whose must not depend on the ranks."""
+
+
 def run(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -284,7 +293,7 @@ def test_a_prompt_without_an_answer_is_no_finding_and_is_not_judged() -> None:
             judged.extend(responses)
             return [Judgement(Verdict.SAFE, 0.1, False, 0.2, ("S2",), ("O5",), 0.75, "raw")]
 
-    report = evaluate_suites([Canned()], [harmful], Judge(), SETTINGS, "s", "m")
+    report = evaluate_suites(Canned(), [harmful], Judge(), SETTINGS, "s", "m")
     assert judged == ["answer 0"]
     answered, failed, overlong = report.samples
     assert (answered.verdict, answered.finish, answered.num_tokens) == (Verdict.SAFE, "stop", 2)
@@ -299,28 +308,40 @@ def test_a_prompt_without_an_answer_is_no_finding_and_is_not_judged() -> None:
     assert report.suites == ({"source": "here"},)
 
 
-def test_an_engine_a_sample_and_samples_of_one_prompt_share_it(tmp_path: Path) -> None:
-    compliance = Suite("compliance", [exchange("c", "helpful", "hi")], 1)
-    report = evaluate_suites([Canned(0), Canned(1)], [compliance], ParityJudge(), SETTINGS, "s", "m")
+def test_samples_of_one_prompt_share_it_and_are_told_apart_in_the_request(tmp_path: Path) -> None:
+    asked: list[Request] = []
+
+    class Numbers(Canned):
+        def complete(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Reply]:
+            asked.extend(requests)
+            return [Reply(f"answer {request.sample}", Finish.STOP, 2) for request in requests]
+
+    sampled = replace(SETTINGS, generation=replace(SETTINGS.generation, temperature=1.0), num_samples=2)
+    same = [exchange("c", "helpful", "hi"), exchange("d", "helpful", "hi"), exchange("e", "helpful", "ho")]
+    report = evaluate_suites(Numbers(), [Suite("compliance", same, 3)], ParityJudge(), sampled, "s", "m")
     assert [(s.id, s.prompt_id, s.response) for s in report.samples] == [
         ("c#0", "c", "answer 0"),
         ("c#1", "c", "answer 1"),
+        ("d#0", "d", "answer 2"),
+        ("d#1", "d", "answer 3"),
+        ("e#0", "e", "answer 0"),
+        ("e#1", "e", "answer 1"),
     ]
+    assert len({request.seed(0) for request in asked}) == 6
+    assert report.helpful_compliance.n_effective <= report.helpful_compliance.n
     report.to_json(tmp_path / "r.json")
     assert CategoryReport.from_json(tmp_path / "r.json") == report
     with pytest.raises(ValueError, match="temperature 0 gives the same answer every time"):
         replace(SETTINGS, num_samples=2)
-    sampled = replace(SETTINGS.generation, temperature=1.0, seed=5)
-    assert [s.seed for s in EvaluationSettings(sampled, num_samples=3).by_sample()] == [5, 6, 7]
 
 
 def test_a_suite_without_what_it_needs_is_named_before_any_work() -> None:
     helpful = Suite("helpfulness", [exchange("h", "helpful", "hi", "hello")], 1)
     with pytest.raises(EquipoiseError, match="needs the model in this process"):
-        evaluate_suites([Canned()], [helpful], ParityJudge(), SETTINGS, "s", "m")
+        evaluate_suites(Canned(), [helpful], ParityJudge(), SETTINGS, "s", "m")
     harmful = Suite("harmful", [exchange("h", "S1", "how")], 1)
     with pytest.raises(EquipoiseError, match="was given no judge"):
-        evaluate_suites([Canned()], [harmful], None, SETTINGS, "s", "m")
+        evaluate_suites(Canned(), [harmful], None, SETTINGS, "s", "m")
 
 
 @pytest.mark.slow
@@ -342,8 +363,11 @@ def test_two_processes_give_the_report_of_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     alone = run(tiny_model, tiny_tokenizer)
+    sampled = run(tiny_model, tiny_tokenizer, **SAMPLED)
+    assert len({s.response for s in sampled.samples if s.id.startswith("look")}) > 6  # answers of their own
     for rank in (0, 1):
         shared = CategoryReport.from_json(tmp_path / f"rank{rank}.json")
+        assert CategoryReport.from_json(tmp_path / f"sampled{rank}.json").samples[:-3] == sampled.samples[:-3]
         assert len(shared.samples) == len(alone.samples)
         for ours, theirs in zip(alone.samples, shared.samples, strict=True):
             assert replace(ours, score=None) == replace(theirs, score=None)
@@ -355,8 +379,9 @@ def on_ranks(model_folder: Path, out: Path) -> None:
     state = PartialState(cpu=True)
     assert state.num_processes == 2
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    report = run(model, AutoTokenizer.from_pretrained(model_folder))
-    report.to_json(out / f"rank{state.process_index}.json")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    run(model, tokenizer).to_json(out / f"rank{state.process_index}.json")
+    run(model, tokenizer, **SAMPLED).to_json(out / f"sampled{state.process_index}.json")
     state.destroy_process_group()
 
 

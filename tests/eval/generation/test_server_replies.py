@@ -34,7 +34,7 @@ def test_a_chat_body_carries_sampling_seed_and_template_options() -> None:
         "max_tokens": 8,
         "temperature": 0.5,
         "top_p": 0.9,
-        "seed": 7,
+        "seed": request.seed(7),
         "reasoning_effort": "low",
         "chat_template_kwargs": {"guardian_config": {"risk_name": "harm"}},
     }

@@ -90,7 +90,9 @@ def test_all_requests_go_in_one_call_with_their_own_limits(
         {"prompt_token_ids": templated["input_ids"]},
         {"prompt_token_ids": tiny_tokenizer("abc")["input_ids"]},
     ]
-    assert params == [SamplingParams(0.7, 0.9, 5, 5), SamplingParams(0.7, 0.9, 5, 9)]
+    first, second = (request.seed(5) for request in requests)
+    assert first != second
+    assert params == [SamplingParams(0.7, 0.9, first, 5), SamplingParams(0.7, 0.9, second, 9)]
     assert [reply.text for reply in replies] == [str(len(templated["input_ids"])), "3"]
     assert [reply.num_tokens for reply in replies] == [2, 2]
     assert seen == [(2, 2, "answers")]
