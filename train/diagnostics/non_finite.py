@@ -39,7 +39,7 @@ def stop_non_finite(what: str, folder: Path, step: int, rows: Sequence[Mapping[s
     )
     raise TrainingError(
         f"stage {stage.name}, step {step}: {what} is not finite, of {len(bad)} of {len(rows)} examples (categories "
-        f"{categories}): {ids}. The step's examples are in {path}, these ids in {path.with_suffix('.ids').name}. {last} "
-        "It will meet the same step: look at the examples, or give the run another name with a lower learning_rate or "
-        "max_grad_norm, or with model.dtype=float32."
+        f"{categories}): {ids}. The step's examples are in {path}, these ids in {path.with_suffix('.ids').name}. "
+        f"{last} It will meet the same step: look at the examples, or give the run another name with a lower "
+        "learning_rate or max_grad_norm, or with model.dtype=float32."
     )

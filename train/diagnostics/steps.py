@@ -34,7 +34,10 @@ class StepWatch:
         self._name, self._stage, self._context, self._examples = name, stage, context, examples
         self._counter: PassCounter | None = None
         if context.log_speed is not None:
-            self._counter = PassCounter(decoder_of(model) for model in models)
+            decoders = {
+                id(decoder): decoder for decoder in map(decoder_of, models)
+            }  # scorers may share the policy's
+            self._counter = PassCounter(decoders.values())
             self._peak = peak_flops(context.recipe.model.dtype)
         self._memory = PhaseMemory(PartialState().device)
         self._profiler = StepProfiler(context.recipe.profile, context.stage_dir(name))

@@ -1,6 +1,7 @@
 """Safe RLHF: a reward model and a cost model before it, a policy in, a better policy out (`trainers/safe_rlhf.py`)."""
 
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.scorer import cut_behind_end
 from equipoise.train.checkpoints import step_of
+from equipoise.train.diagnostics.steps import StepWatch
 from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import save_merged
 from equipoise.train.pairs import encode_pairs
@@ -91,7 +93,8 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
         trainer.load_weights(checkpoint)
         start = step_of(checkpoint)
     context.rewind(name, start)
-    with deferred():
+    trainer.watch = StepWatch(name, stage, context, models.modules, "answers")
+    with closing(trainer.watch), deferred():
         trainer.train(start)
     model_folder = folder / "model"
     save_merged(models.acting(), models.tokenizer, recipe.model, model_folder)

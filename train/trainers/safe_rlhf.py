@@ -28,13 +28,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
 
 from equipoise.data.files import write_aside
 from equipoise.train.checkpoints import STATE_FILE, save_checkpoint
+from equipoise.train.diagnostics.non_finite import stop_non_finite
+from equipoise.train.diagnostics.steps import StepWatch
 from equipoise.train.losses import ppo
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
@@ -103,6 +105,8 @@ class SafeRLHFTrainer:
         self.multipliers, self.ptx = multipliers, ptx
         self.folder, self.seed = folder, seed
         self._log, self._progress, self._step_end = log, progress, step_end
+        self.watch: StepWatch | None = None
+        """Measures the steps where somebody asks for it."""
         self.belongs_to: Mapping[str, object] = {}
         """For the manifests of checkpoints."""
         self.memory = PhaseMemory(accelerator.device)
@@ -136,6 +140,8 @@ class SafeRLHFTrainer:
         """Steps from `start` (what a checkpoint had) to the end of the draws. Raises TrainingError, Preempted."""
         for step in range(start, self.num_steps):
             torch.manual_seed(hash((self.seed, step, self.accelerator.process_index)) % 2**63)  # dropout
+            if self.watch is not None:
+                self.watch.begin(step + 1)
             with self._phase("rollout"):
                 episodes = self._sample(step)
             with self._phase("scoring"), torch.no_grad():
@@ -148,6 +154,8 @@ class SafeRLHFTrainer:
             with self._phase("update"):
                 ptx_loss = self._update(experiences, num_valid, step)
             self._finish_step(experiences, num_flat, ptx_loss, step + 1)
+            if self.watch is not None:
+                self.watch.end(step + 1)
             self._progress(step + 1, self.num_steps)
             self._step_end(step + 1)
             ending = told_to_end()
@@ -230,9 +238,9 @@ class SafeRLHFTrainer:
                 with self.models.training(POLICY):
                     with self.accelerator.autocast():
                         loss = -self.models.log_probs(batch).sum() / num_ptx_tokens
-                    self._backward(self.stage.ptx_coef * loss, batch, POLICY)
+                    self.accelerator.backward(self.stage.ptx_coef * loss)
                 ptx_sum += loss.detach()
-            self._optimize(step)
+            self._optimize(experiences, step)
         if not ptx:
             return None
         return float(self.accelerator.reduce(ptx_sum, reduction="sum")) / self.stage.update_epochs
@@ -265,7 +273,7 @@ class SafeRLHFTrainer:
             if self.stage.advantage == "grpo":
                 pull = ppo.answer_mean(k3(log_probs, experience.ref_log_probs), experience.mask)
                 loss = loss + self.stage.kl / 2 * pull
-            self._backward(loss.sum() / num_valid, experience.batch, POLICY)
+            self.accelerator.backward(loss.sum() / num_valid)
         experience.add("clipped", clipped)
         experience.add("actor_loss", loss)
 
@@ -280,32 +288,43 @@ class SafeRLHFTrainer:
                 experience.mask,
                 clip=self.stage.clip_value,
             )
-            self._backward(loss.sum() / num_valid, experience.batch, critic(kind))
+            self.accelerator.backward(loss.sum() / num_valid)
         experience.add(f"{kind}_critic_loss", loss)
 
-    def _backward(self, loss: Tensor, batch: RolloutBatch, role: str) -> None:
-        if not torch.isfinite(loss):
-            slots = [episode.slot for episode in batch.episodes]
-            raise TrainingError(
-                f"the loss of the {role} is not finite (answers {slots}). Lower its learning rate, or train in "
-                "float32 (model.dtype=float32); nothing after the last checkpoint is kept."
-            )
-        self.accelerator.backward(loss)
-
-    def _optimize(self, step: int) -> None:
+    def _optimize(self, experiences: Sequence[Experience], step: int) -> None:
         """Sum the gradients over ranks, clip each role's, and step."""
         for role, parameters in self._parameters.items():
             self._sum_over_ranks(parameters)
             limit = self.stage.max_grad_norm or math.inf
             norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
             if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"step {step + 1}: the gradient of the {role} is not finite. Lower its learning rate, or train in "
-                    "float32 (model.dtype=float32); nothing after the last checkpoint is kept."
-                )
+                # A loss that is not finite has such a gradient, here that of all ranks.
+                rows = self._described(experiences, role)
+                stop_non_finite(f"the gradient of the {role}", self.folder, step + 1, rows)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+
+    def _described(self, experiences: Sequence[Experience], role: str) -> list[dict[str, Any]]:
+        """The step's answers of all ranks, for whoever looks for what is not finite; collective."""
+        key = "actor_loss" if role == POLICY else f"{role.removesuffix('_critic')}_critic_loss"
+        decode, rows = self.models.tokenizer.decode, []
+        for experience in experiences:
+            losses = experience.totals[key]
+            for i, episode in enumerate(experience.batch.episodes):
+                scores = {kind: repr(float(values[i])) for kind, values in experience.scores.items()}
+                rows.append(
+                    {
+                        "id": f"answer {episode.slot}",
+                        "category": self.draws.names[episode.category],
+                        "finite": bool(losses[i].isfinite()),
+                        "prompt": decode(episode.prompt_ids),
+                        "answer": decode(episode.answer_ids),
+                        "loss": repr(float(losses[i])),
+                        **scores,
+                    }
+                )
+        return gather_object(rows)
 
     def _sum_over_ranks(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         if self.accelerator.num_processes == 1:

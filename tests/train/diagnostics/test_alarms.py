@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 from equipoise.train.diagnostics.alarms import Alarms, chosen_log_ratio, robust_z
 from equipoise.train.recipe import LossConfig
 from equipoise.train.recipe.measuring import DiagnosticsConfig
+from equipoise.train.recipe.stages import SFTStageConfig
+from equipoise.train.stages.preference import run_preference
+from equipoise.train.stages.sft import run_sft
 
 
 class History:
@@ -119,24 +123,36 @@ def test_falling_chosen_answers(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_chosen_answers_become_less_likely_and_the_remedy(
-    train_stage: Any, make_stage: Any, tmp_path: Path
+    train_stage: Any, make_stage: Any, make_data: Any, tmp_path: Path
 ) -> None:
-    """Pairs whose answers differ in one place are told apart by making both less likely; an SFT term holds them."""
-    keys = {"num_steps": 24, "learning_rate": 2e-3}
-    runs = {
-        "plain": train_stage(make_stage(**keys, loss=LossConfig(mix={"ipo": 20.0})), run="plain"),
-        "with_sft": train_stage(
-            make_stage(**keys, loss=LossConfig(mix={"ipo": 20.0}, sft_coef=20.0)), run="with_sft"
-        ),
-    }
+    """Answers that the model knows by heart, told apart by one word: it can only make both less likely.
+
+    An SFT term holds them.
+    """
+    data = make_data()
+    alike = [replace(p, rejected=p.chosen.replace("No", "Yes")) for p in data.safety_pairs]
+    data = replace(data, safety_pairs=alike)
+    known = train_stage(
+        SFTStageConfig(num_steps=24, learning_rate=1e-2, warmup=0.0, evaluate=False),
+        runner=run_sft,
+        run="known",
+        data=data,
+    )
+    folder = known.result.model_folder
+
+    def from_known(name: str, stage: Any, policy: str, context: Any) -> Any:
+        return run_preference(name, stage, folder, context)
+
     said = {}
-    for name, run in runs.items():
+    for name, sft_coef in (("plain", 0.0), ("with_sft", 10.0)):
+        stage = make_stage(
+            num_steps=14, mixture={"safety": 1.0}, learning_rate=5e-3, loss=LossConfig(sft_coef=sft_coef)
+        )
+        run = train_stage(stage, run=name, runner=from_known, data=data)
         history = History(tmp_path / f"{name}.jsonl", falling_nats=1.0)
         for line in run.metrics:
-            history.alarms.log(
-                {key: value for key, value in line.items() if key != "step"}, line["step"], "safe"
-            )
+            metrics = {key: value for key, value in line.items() if key != "step"}
+            history.alarms.log(metrics, int(line["step"]), "safe")
         said[name] = history.said
-        print(name, [round(chosen_log_ratio(line), 2) for line in run.metrics])
     assert len(said["plain"]) == 1
     assert said["with_sft"] == []

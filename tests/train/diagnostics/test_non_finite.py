@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite: every trainer stops, and says what, where, which examples and from where on."""
+"""A loss or a gradient that is not finite: every trainer stops, and says what, where, and with which examples."""
 
 import json
 import re

@@ -5,6 +5,8 @@ kappa = (1 + lambda) kl / 2, and E[c] = d. This is the KKT point of: maximise E[
 E[c] <= d.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +99,7 @@ def train(
     folder: Path = Path("unused"),
 ) -> Run:
     """The real trainer on models of 2,000 parameters, full fine-tuning, the reference a frozen copy."""
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=END)
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=END, decode=str)
     critics = {}
     if config.advantage == "gae":
         critics = {kind: Scorer(small_model(1)) for kind in (("reward", "cost") if cost else ("reward",))}
@@ -287,6 +289,17 @@ def test_scores_that_are_not_finite_are_left_out_and_counted() -> None:
 def test_a_scorer_that_gives_nothing_finite_stops_the_run() -> None:
     with pytest.raises(TrainingError, match=r"step 1: none of 16 answers .* not finite"):
         train(stage(), cost=lambda batch: torch.full((len(batch.episodes),), torch.nan))
+
+
+def test_a_gradient_that_is_not_finite_names_its_answers(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"the gradient of the policy is not finite, of \d+ of 16 examples"
+    ) as stopped:
+        train(stage(learning_rate=1e30), folder=tmp_path / "safe" / "checkpoints")
+    path = Path(re.search(r"examples are in (\S+\.jsonl)", str(stopped.value))[1])  # type: ignore[index]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 16
+    assert {"id", "category", "prompt", "answer", "reward", "cost"} <= rows[0].keys()
 
 
 class Silent:
