@@ -37,6 +37,7 @@ from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
 from equipoise.train.model import load_policy
 from equipoise.train.planning.dry_run import plan
 from equipoise.train.planning.phase_memory import highest_resident_set
+from equipoise.train.precision import agree_on_precision
 from equipoise.train.preemption import REQUEUE, Preempted
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.data_checks import check_data
@@ -75,6 +76,7 @@ def run(recipe: Recipe) -> int:
     set_seed(recipe.seed)
     if recipe.model.dtype == "native":
         recipe = replace(recipe, model=replace(recipe.model, dtype=native_dtype()))
+    agree_on_precision(recipe.model, say)
     data = load_data(recipe.data, recipe.seed, _data_helpers(recipe))
     say(f"data: {data.summary()}")
     check_data(recipe, data)

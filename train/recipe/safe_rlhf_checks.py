@@ -50,6 +50,9 @@ def check_safe_rlhf_stage(
     if stage.layout == "shared" and not recipe.model.lora.enabled:
         reason = "found 'shared', but model.lora.enabled=false leaves no adapters to share a backbone; take separate"
         problems.add(f"{path}.layout", reason)
+    if stage.layout == "separate" and recipe.model.quantization != "none":
+        reason = "found 'separate', whose models are not quantised; take shared, or model.quantization=none"
+        problems.add(f"{path}.layout", reason)
     if stage.layout == "shared" and recipe.model.reference == "frozen_copy":
         reason = "found 'frozen_copy', but with layout=shared the reference is the bare backbone; take auto"
         problems.add("model.reference", reason)
