@@ -23,6 +23,7 @@ def loaded(*overrides: str) -> Recipe:
     ("override", "message"),
     [
         ("stages.answer.num_generations=5", "num_generations: found 5, expected a divisor of the 64 answers"),
+        ("+stages.answer.num_iterations=3", "save_every: found 4, expected a multiple of num_iterations=3"),
         ("stages.answer.num_generations=1", "num_generations: found 1, expected at least 2"),
         ("stages.answer.mixture.arithmetic=0", "mixture: every share is 0"),
         ("+stages.answer.mixture.math=1", "mixture.math: unknown key"),

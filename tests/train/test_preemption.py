@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
-from equipoise.train import cli, preemption
+from equipoise.train import cli, preemption, training
 from equipoise.train.checkpoints import STATE_FILE
 from equipoise.train.preemption import REQUEUE, Preempted
 from equipoise.train.recipe.stages import PreferenceStageConfig
@@ -65,6 +66,17 @@ def test_the_exit_code(
     assert cli.main(["recipe=tsdi"]) == REQUEUE == 75
     assert (tmp_path / "code").read_text() == "75\n"
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_steps_on_the_same_answers_are_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to end behind step 3 of two steps an answer: saved behind step 4, or behind the last."""
+    monkeypatch.setattr(training, "told_to_end", lambda: True)
+    ended = {}
+    for step in (3, 4, 5):
+        callback, control = training._PreemptionCallback(2), TrainerControl()
+        callback.on_step_end(None, TrainerState(global_step=step, max_steps=5), control)
+        ended[step] = (callback.ended, control.should_save, control.should_training_stop)
+    assert ended == {3: (False,) * 3, 4: (True,) * 3, 5: (True,) * 3}
 
 
 @pytest.mark.slow
