@@ -14,6 +14,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.sources import load_data
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.cli import compose
+from equipoise.train.planning.machine import Machine
 from equipoise.train.planning.memory import ModelSize, Training
 from equipoise.train.planning.phase_memory import PhaseMemory
 from equipoise.train.planning.stage_plans import Planning, plan_stage
@@ -32,7 +33,9 @@ class Method:
     recipe: str
     stage: str
     changes: Mapping[str, object] = field(default_factory=dict)
-    lora: bool = True
+    """Of the stage."""
+    model: Mapping[str, object] = field(default_factory=dict)
+    """Of the recipe's model."""
 
 
 _ROLLOUTS = {"num_steps": 2, "per_device_batch_size": 8, "gradient_accumulation_steps": 1}
@@ -41,7 +44,13 @@ _SCORERS = {"reward_model": "{folder}/reward_model/scorer", "cost_model": "{fold
 METHODS = {
     "sft": Method("sft", "sft"),
     "dpo": Method("dpo", "safe"),
-    "dpo_full": Method("dpo", "safe", lora=False),
+    "dpo_full": Method("dpo", "safe", model={"lora.enabled": "false"}),
+    "dpo_checkpointed": Method("dpo", "safe", model={"gradient_checkpointing": "true"}),
+    "dpo_full_checkpointed": Method(
+        "dpo", "safe", model={"lora.enabled": "false", "gradient_checkpointing": "true"}
+    ),
+    "dpo_nf4": Method("dpo", "safe", model={"quantization": "nf4"}),
+    "sft_checkpointed": Method("sft", "sft", model={"gradient_checkpointing": "true"}),
     "kto": Method("kto", "safe"),
     "reward_model": Method("reward_model", "reward"),
     "cost_model": Method("cost_model", "cost"),
@@ -63,7 +72,8 @@ def recipe_of(method: str, folder: Path, name: str | None = None) -> Recipe:
             f"name={name or method}",
             f"model.id={folder / 'model'}",
             "model.dtype=float32",
-            f"model.lora.enabled={str(chosen.lora).lower()}",
+            *(f"model.{key}={value}" for key, value in chosen.model.items()),
+            "diagnostics.speed=false",
             "evaluation.baseline=false",
             f"output_dir={folder / 'runs'}",
         ]
@@ -89,12 +99,12 @@ def measure(method: str, folder: Path) -> dict[str, Any]:
     num_bytes = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
     training = Training.of(recipe.model, ModelSize.of(config, num_bytes // 4))
     data = load_data(recipe.data, recipe.seed)
+    machine = Machine("this one", memory=1.0, flops=1.0, efficiency=1.0)
     planning = Planning(
-        recipe, data, load_tokenizer(recipe.model.id), training, flops=1.0, say=lambda text: None
+        recipe, data, load_tokenizer(recipe.model.id), training, machine, say=lambda text: None
     )
     ((name, stage),) = recipe.stages.items()
-    memory = plan_stage(name, stage, planning).memory
-    assert memory is not None
+    memory = planning.memory(stage, plan_stage(name, stage, planning))
     # What libraries load on their first use is none of the training's: a small model goes first.
     run(recipe_of("dpo", folder.parent / WARM_UP, name=f"before_{method}_{folder.name}"))
     before = psutil.Process().memory_info().rss
@@ -109,5 +119,6 @@ def measure(method: str, folder: Path) -> dict[str, Any]:
         target = scorers(folder) / method / "scorer"
         target.parent.mkdir(parents=True)
         left.rename(target)
-    parts = {part: getattr(memory, part) for part in ("weights", "states", "activations", "logits", "cache")}
+    names = ("weights", "states", "gathered", "activations", "logits", "cache")
+    parts = {part: getattr(memory, part) for part in names}
     return {"estimate": memory.total, "growth": growth, "ratio": memory.total / growth, "parts": parts}
