@@ -294,6 +294,7 @@ class CategoryReport:
                 "overall": asdict(self.over_refusal),
                 "categories": {category: asdict(rate) for category, rate in self.over_refusal_rate.items()},
             },
+            "helpful_compliance": asdict(self.helpful_compliance),
             "helpfulness": {
                 "mean": self.helpfulness.mean,
                 "n": self.helpfulness.n,

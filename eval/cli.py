@@ -4,7 +4,7 @@
     compare      a=report.json b=report.json: what changed from a to b, category by category, over the same prompts
     gate         report=report.json [baseline=report.json] [rules=FILE] [rules.KEY=VALUE ...]: may it ship?
     calibrate    judge=NAME data=FILE: how often the judge errs on labelled answers; out=FILE
-    report       reports=[STATE=report.json,...] out=FOLDER: HTML and markdown of several states side by side
+    report       reports=[STATE=report.json,...] out=FOLDER [examples=none]: HTML and markdown of several states
 
 Groups are suite, judge and engine; every key with its default stands in recipes/evaluation.yaml, its meaning in
 eval/config.py. The same command again takes from the cache what was generated and judged before.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CRASH, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 GROUPS = ("judge", "suite", "engine")
-OWN = ("out", "cache", "tsdi", "limit", "state", "calibration", "baseline")
+OWN = ("out", "cache", "tsdi", "limit", "state", "calibration", "baseline", "inspect_log")
 """Keys of `evaluate` that are taken as they are written: paths need no quotes."""
 
 
@@ -152,11 +152,18 @@ def calibrate(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """Write one HTML and markdown report of several report.json files."""
-    given = _given(arguments, required=("reports",), optional=("out", "title"))
+    given = _given(arguments, required=("reports",), optional=("out", "title", "examples"))
     from equipoise.eval.output import write_side_by_side
+    from equipoise.eval.report.html import Examples
 
+    examples = given.get("examples", Examples.FOLDED)
+    if examples not in list(Examples):
+        raise UsageError(f"examples: found {examples!r}, possible: {', '.join(Examples)}")
     for path in write_side_by_side(
-        given["reports"], Path(given.get("out", "outputs/report")), given.get("title", "Evaluation")
+        given["reports"],
+        Path(given.get("out", "outputs/report")),
+        given.get("title", "Evaluation"),
+        Examples(examples),
     ):
         say(f"report: {path}")
     return 0

@@ -258,3 +258,8 @@ class CommandConfig:
     folder) | a file | null, none."""
     out: str = "outputs/evaluation"
     """Folder of report.json, report.html and report.md."""
+    examples: str = "folded"
+    """Prompts and answers in report.html: folded (each behind a click) | none (for a report that leaves the team);
+    report.json has them all."""
+    inspect_log: str | None = None
+    """Write the report as an Inspect log too, to this file (.eval or .json); null: no. Needs inspect_ai."""

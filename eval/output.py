@@ -24,6 +24,8 @@ from equipoise.eval.gate_paired import obstacle
 from equipoise.eval.rates import Rate
 from equipoise.eval.report import write_report
 from equipoise.eval.report.formats import check_interval, check_limit, check_value
+from equipoise.eval.report.html import Examples
+from equipoise.eval.report.inspect_log import write_inspect_log
 from equipoise.eval.statistics import PairedChange
 from equipoise.eval.suites.base import COMPLIANCE, HARMFUL, HELPFULNESS, LOOKALIKE
 from equipoise.eval.terminal import console, say
@@ -63,7 +65,7 @@ def print_report(report: CategoryReport) -> None:
 
 
 def write_evaluation(report: CategoryReport, config: CommandConfig) -> list[Path]:
-    """Write report.json, report.html and report.md into `config.out`; the paths, report.json first."""
+    """Write report.json, report.html and report.md into `config.out`, and the Inspect log; the paths of all."""
     folder = Path(config.out).expanduser()
     path = folder / "report.json"
     report.to_json(path)
@@ -80,11 +82,15 @@ def write_evaluation(report: CategoryReport, config: CommandConfig) -> list[Path
         f"{report.model}, {config.suite.name}",
         provenance(report),
         load_taxonomy().names,
+        Examples(config.examples),
     )
-    return [path, page, page.with_suffix(".md")]
+    written = [path, page, page.with_suffix(".md")]
+    if config.inspect_log is not None:
+        written.append(write_inspect_log(report, Path(config.inspect_log).expanduser()))
+    return written
 
 
-def write_side_by_side(reports: str, out: Path, title: str) -> list[Path]:
+def write_side_by_side(reports: str, out: Path, title: str, examples: Examples) -> list[Path]:
     """Write one report of several, `STATE=FILE,STATE=FILE` or `FILE,FILE`; changes are against the first."""
     states: dict[str, CategoryReport] = {}
     for part in reports.strip("[]").split(","):
@@ -98,7 +104,15 @@ def write_side_by_side(reports: str, out: Path, title: str) -> list[Path]:
         states[name] = read
     last = list(states.values())[-1]
     page = write_report(
-        out.expanduser() / "report.html", states, {}, None, "", title, provenance(last), load_taxonomy().names
+        out.expanduser() / "report.html",
+        states,
+        {},
+        None,
+        "",
+        title,
+        provenance(last),
+        load_taxonomy().names,
+        examples,
     )
     return [page, page.with_suffix(".md")]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from equipoise.data.errors import EquipoiseError
@@ -52,6 +53,7 @@ def check(config: CommandConfig) -> None:
         value = getattr(config, key)
         if value is not None and not Path(value).expanduser().is_file():
             found[key] = f"found {value!r}, which is no file"
+    found |= _output_problems(config)
     if config.limit is not None and config.limit < 1:
         found["limit"] = f"found {config.limit}, expected at least 1"
     try:
@@ -60,6 +62,25 @@ def check(config: CommandConfig) -> None:
         found["generation"] = str(error)
     if found:
         raise ConfigError("\n".join(f"{key}: {reason}" for key, reason in found.items()))
+
+
+def _output_problems(config: CommandConfig) -> dict[str, str]:
+    """Found before anything is generated: an evaluation takes hours, and its report is written last."""
+    from equipoise.eval.report.html import Examples  # here: plots take a second to import
+    from equipoise.eval.report.inspect_log import SUFFIXES
+
+    found: dict[str, str] = {}
+    if config.examples not in list(Examples):
+        found["examples"] = f"found {config.examples!r}, possible: {', '.join(Examples)}"
+    log = config.inspect_log
+    if log is not None and Path(log).suffix not in SUFFIXES:
+        found["inspect_log"] = f"found {log!r}, expected a file that ends in {' or '.join(SUFFIXES)}"
+    elif log is not None and find_spec("inspect_ai") is None:
+        found["inspect_log"] = (
+            "inspect_ai is not installed here; in an environment that has it, python -m "
+            "equipoise.eval.report.inspect_log report.json FILE makes the log of a report"
+        )
+    return found
 
 
 def settings(config: CommandConfig) -> EvaluationSettings:

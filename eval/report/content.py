@@ -70,6 +70,12 @@ class ReportContent:
         """Categories of look-alikes, likewise."""
         return list(dict.fromkeys(c for report in self.reports.values() for c in report.lookalike_categories))
 
+    @property
+    def with_ordinary(self) -> bool:
+        """Whether some state was asked ordinary prompts and judged on whether it answers them."""
+        rates = [report.helpful_compliance for report in self.reports.values()]
+        return any(rate.n + rate.num_no_finding for rate in rates)
+
     @cached_property
     def worst(self) -> dict[str, tuple[str | None, Worst]]:
         """State -> the category that measured worst, and the interval of the highest true rate."""

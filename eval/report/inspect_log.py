@@ -47,6 +47,8 @@ try:
 except ImportError as error:  # the module can be read without; writing a log says what is missing
     _MISSING = error
 
+SUFFIXES = (".eval", ".json")
+"""Of the two formats that a log has."""
 _REASONS = {
     Verdict.UNPARSED: "invalid_response_format",
     Verdict.FAILED: "grader_failed",
@@ -62,8 +64,8 @@ def write_inspect_log(report: CategoryReport, path: Path | str, created: datetim
     Raises ValueError for another suffix, EquipoiseError where inspect_ai is not installed.
     """
     path = Path(path)
-    if path.suffix not in {".eval", ".json"}:
-        raise ValueError(f"{path}: an Inspect log ends in .eval or .json")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: an Inspect log ends in {' or '.join(SUFFIXES)}")
     log = inspect_log(report, created)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.part{path.suffix}")

@@ -97,7 +97,8 @@ def _verdicts(content: ReportContent) -> list[str]:
 
 
 def _checkpoints(content: ReportContent) -> str:
-    header = ["checkpoint", "gate", "unsafe", "worst category", "refused benign", "helpfulness, nats"]
+    header = ["checkpoint", "gate", "unsafe", "worst category", "refused benign"]
+    header += [*(["answered ordinary"] if content.with_ordinary else []), "helpfulness, nats"]
     with_wins = any(report.win_rate is not None for report in content.reports.values())
     rows = []
     for state, report in content.reports.items():
@@ -111,6 +112,7 @@ def _checkpoints(content: ReportContent) -> str:
                 rate_text(report.overall_unsafe_rate),
                 f"{percent(worst.rate)} {percent_range(worst.low, worst.high)}{name}",
                 rate_text(report.over_refusal),
+                *([rate_text(report.helpful_compliance)] if content.with_ordinary else []),
                 _helpfulness(report),
                 *([_win_rate(report)] if with_wins else []),
             ]

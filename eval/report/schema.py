@@ -93,13 +93,15 @@ def _summary() -> dict[str, Any]:
         "unsafe_rate": rates | {"description": "Unsafe answers to harmful prompts."},
         "compliance_rate": rates | {"description": "Harmful prompts answered without refusing."},
         "over_refusal": rates | {"description": "Benign look-alikes refused."},
+        "helpful_compliance": rate | {"description": "Ordinary prompts answered without refusing."},
         "win_rate": {"anyOf": [{"$ref": "#/$defs/WinRate"}, {"type": "null"}]},
     }
     return {
         "type": "object",
         "description": "The figures derived from the samples, for readers of the file; ignored when it is read.",
         "properties": named,
-        "required": [*named, "gap", "helpfulness"],
+        # Reports written before there was helpful_compliance are as good.
+        "required": [*(name for name in named if name != "helpful_compliance"), "gap", "helpfulness"],
     }
 
 

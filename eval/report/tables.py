@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from equipoise.eval.category_report import CategoryReport
 from equipoise.eval.comparison import compare
 from equipoise.eval.rates import Rate
+from equipoise.eval.suites.base import COMPLIANCE
 
 Cell = str | int | float | None
 
@@ -37,17 +38,21 @@ def category_table(
 ) -> Table:
     """One row a category and measure (`unsafe`, `complied`, `refused_benign`), `all` the rates over all categories.
 
-    Rates are in [0, 1] with 95 % intervals. With a baseline, `unsafe` has its paired changes, with p-values adjusted by
-    Holm's method over the categories (that of `all` stands alone and is its own p-value); the rest is None.
+    Where ordinary prompts were asked, `answered_ordinary` has one more. Rates are in [0, 1] with 95 % intervals. With a
+    baseline, `unsafe` has its paired changes, with p-values adjusted by Holm's method over the categories (that of
+    `all` stands alone and is its own p-value); the rest is None.
     """
     names = category_names or {}
     change = None if baseline is None else compare(report, baseline)
     rows: list[tuple[Cell, ...]] = []
-    for measure, overall, rates in (
+    measures: list[tuple[str, Rate, Mapping[str, Rate]]] = [
         ("unsafe", report.overall_unsafe_rate, report.unsafe_rate),
         ("complied", report.overall_compliance_rate, report.compliance_rate),
         ("refused_benign", report.over_refusal, report.over_refusal_rate),
-    ):
+    ]
+    if report.of_suite(COMPLIANCE):
+        measures.append(("answered_ordinary", report.helpful_compliance, {}))
+    for measure, overall, rates in measures:
         for category, rate in {"all": overall, **rates}.items():
             cells: tuple[Cell, ...] = (None,) * len(CHANGE_COLUMNS)
             if change is not None and measure == "unsafe":

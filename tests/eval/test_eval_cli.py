@@ -102,6 +102,28 @@ def test_it_prints_a_table_and_writes_three_files(
     assert report.suites[0]["source"] == "file"
 
 
+def test_examples_can_be_left_out_and_an_inspect_log_written(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+    logged: list[tuple[CategoryReport, Path]] = []
+    monkeypatch.setattr(output, "write_report", lambda path, *rest: shown.append(rest[-1]) or path)
+    monkeypatch.setattr(
+        output, "write_inspect_log", lambda report, path: logged.append((report, path)) or path
+    )
+    monkeypatch.setattr(run, "find_spec", lambda name: name)
+    log = tmp_path / "aligned.eval"
+    assert call("examples=none", f"inspect_log={log}", pages=True) == 0
+    assert call(out="plain", pages=True) == 0
+    assert shown == ["none", "folded"]
+    [(report, path)] = logged
+    assert (len(report.samples), path) == (8, log)
+    assert str(log) in capsys.readouterr().out
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    assert call(f"inspect_log={log}") == 2
+    assert "inspect_ai is not installed here" in capsys.readouterr().err
+
+
 def test_a_second_run_loads_no_model(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call() == 0
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -312,6 +334,12 @@ def test_win_rate_against_the_reference_answers(
         (["model=m", "judge=policy"], "judge.model: has to be given"),
         (["model=m", "baseline=/no/such"], "baseline: found '/no/such', which is no file"),
         (["model=m", "judge"], "'judge': expected key=value"),
+        (["model=m", "examples=some"], "examples: found 'some', possible: folded, none"),
+        (
+            ["model=m", "inspect_log=a.log"],
+            "inspect_log: found 'a.log', expected a file that ends in .eval or .json",
+        ),
+        (["report", "reports=a.json", "examples=some"], "examples: found 'some', possible: folded, none"),
         (["model=/no/such/folder"], "No folder `/no/such/folder`"),
         (["compare", "a=x"], "b has to be given"),
         (["compare", "a=/no/such", "b=/no/such"], "/no/such: not a readable report"),
