@@ -29,16 +29,21 @@ def load_policy(
     notify: Callable[[str], None] | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's model, or the one an earlier stage left in `folder`, in the recipe's dtype, without an adapter."""
-    return load_model(
-        str(folder) if folder is not None else config.id,
-        dtype=config.dtype,  # type: ignore[arg-type]
-        revision=config.revision,  # of a hub id; a folder has none, and `load_model` leaves it out
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        notify=notify,
-        quantization=quantization,
-    )
+    """The recipe's model, or the one an earlier stage left in `folder`, in the recipe's dtype, without an adapter.
+
+    Whole on every rank, whatever engine shards it later: what is asked before training (does it take shared rows? the
+    tasks it is to learn) needs all of it.
+    """
+    with unsharded():
+        return load_model(
+            str(folder) if folder is not None else config.id,
+            dtype=config.dtype,  # type: ignore[arg-type]
+            revision=config.revision,  # of a hub id; a folder has none, and `load_model` leaves it out
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+            notify=notify,
+            quantization=quantization,
+        )
 
 
 def load_trainable(
@@ -138,8 +143,8 @@ def save_merged(
     )
 
     def write() -> None:
+        policy, _ = load_policy(config, base_of(model).name_or_path)
         with unsharded():
-            policy, _ = load_policy(config, base_of(model).name_or_path)
             whole: Any = policy
             if isinstance(model, PeftModel):
                 whole = PeftModel(policy, model.peft_config[model.active_adapter], model.active_adapter)
@@ -148,6 +153,11 @@ def save_merged(
             save_policy(merged(whole), tokenizer, folder)
 
     from_first(write)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether parameters of the model are spread over the ranks (FSDP 2, ZeRO-3): all then have to call it alike."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -211,7 +221,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 def save_adapter(model: Any, base: str, folder: Path) -> None:
     """Save an unmerged adapter as PEFT loads it, with the model folder (or hub id) it was trained on; aside, renamed.
 
-    A model without an adapter has none to save.
+    A model without an adapter has none to save. Collective, as `save_merged` is.
     """
     if not isinstance(model, PeftModel):
         return
@@ -219,8 +229,10 @@ def save_adapter(model: Any, base: str, folder: Path) -> None:
     model.active_peft_config.base_model_name_or_path = (
         str(base_folder.resolve()) if base_folder.is_dir() else base
     )
+    trained = whole_tensors((name, p) for name, p in model.named_parameters() if "lora_" in name)
     # The embeddings are never trained with it; asking PEFT to find that out may ask a hub.
-    save_folder(folder, lambda aside: model.save_pretrained(aside, save_embedding_layers=False))
+    options = {"state_dict": trained, "save_embedding_layers": False}
+    from_first(lambda: save_folder(folder, lambda aside: model.save_pretrained(aside, **options)))
 
 
 def default_device() -> torch.device:

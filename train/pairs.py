@@ -110,8 +110,8 @@ class PairCollator:
 
     input_ids, position_ids, segment (R, T), R <= B: short pairs stand behind one another in a row; completion_index,
     completion_targets, completion_sequence (N,), where sequence 2b is pair b's chosen answer and 2b + 1 its rejected
-    one; lengths (2B,), chosen_lengths, rejected_lengths (B,); pair (B,); ref_chosen_logps and ref_rejected_logps (B,)
-    where the rows have them. With `two_rows` a pair takes two rows of the same kind (prompt | answer), chosen first.
+    one; lengths (2B,), chosen_lengths, rejected_lengths (B,); pair (B,). With `two_rows` a pair takes two rows
+    of the same kind (prompt | answer), chosen first.
     """
 
     pad_token_id: int
@@ -129,15 +129,7 @@ class PairCollator:
             )
         batch = collate_blocks(blocks, self.pad_token_id, share_rows=not self.two_rows)
         batch["chosen_lengths"], batch["rejected_lengths"] = batch["lengths"][0::2], batch["lengths"][1::2]
-        for name in (
-            "pair",
-            "unsafe_gap",
-            "desirable",
-            "ref_chosen_logps",
-            "ref_rejected_logps",
-            "category_index",
-            "slot",
-        ):
+        for name in ("pair", "unsafe_gap", "desirable", "category_index", "slot"):
             if name in examples[0]:
                 batch[name] = torch.tensor([e[name] for e in examples])
         return batch

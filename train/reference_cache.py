@@ -12,22 +12,37 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from equipoise.eval.fingerprint import model_fingerprint
 from equipoise.eval.models import default_cache_dir
+from equipoise.train.recipe import ModelConfig
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every frozen or base weight: all parameters but adapters', names included.
+def reference_key(folder: str, model: ModelConfig) -> str:
+    """Names the weights that `folder` (or hub id) is loaded to: its files, and how they are quantised.
 
-    Called before and after training it shows that the reference did not change.
+    Of files and not of parameters, which may be in shards. Raises EquipoiseError as `model_fingerprint` does.
+    """
+    return f"{model_fingerprint(folder, model.revision)}-{model.quantization}".replace(":", "-")
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Hash of every frozen weight, of its shard where this rank holds no more.
+
+    Taken before and after training it shows that the reference did not change.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if parameter.requires_grad:
             continue
-        # The base's own names, with and without the adapter's wrapping.
-        digest.update(name.removeprefix("base_model.model.").replace(".base_layer", "").encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        held = (
+            parameter.to_local()
+            if isinstance(parameter, DTensor)
+            else getattr(parameter, "ds_tensor", parameter)
+        )
+        digest.update(name.encode())
+        digest.update(held.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -57,7 +57,7 @@ from equipoise.train.stages.grpo import run_grpo
 from equipoise.train.stages.kto import run_kto
 from equipoise.train.stages.merge import run_merge
 from equipoise.train.stages.preference import run_preference
-from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
+from equipoise.train.stages.safe_rlhf import check_given_scorers, check_launch, run_safe_rlhf
 from equipoise.train.stages.scorer import run_cost_model, run_reward_model
 from equipoise.train.stages.sft import run_sft
 from equipoise.train.stages.token_bias import run_token_bias
@@ -82,6 +82,7 @@ def run(recipe: Recipe) -> int:
     check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
     base_folder = _base_folder(recipe, state)
+    check_launch(recipe)
     check_given_scorers(recipe, base_folder)
     if recipe.dry_run:
         with Progress() as progress:

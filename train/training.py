@@ -19,7 +19,7 @@ from equipoise.train import preemption
 from equipoise.train.checkpoints import STATE_FILE, find_checkpoint, read_manifest, step_of
 from equipoise.train.claim import launch, recipe_digest, versions
 from equipoise.train.diagnostics.steps import StepWatch, StepWatchCallback
-from equipoise.train.model import adapters_in_fp32, merged, save_adapter, save_merged, save_policy
+from equipoise.train.model import adapters_in_fp32, save_adapter, save_merged
 from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import StageConfig, TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
@@ -35,16 +35,10 @@ def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -
     policy: the folder that the stage started from. Collective: every rank has to call it.
     """
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    main = trainer.accelerator.is_main_process
-    if main:
-        save_adapter(trained, policy, folder / "adapter")
-    if config.quantization != "none":  # the adapter goes onto what was quantised, not onto what that left
-        save_merged(trained, trainer.processing_class, config, folder / "model")
-    else:
-        final = merged(trained)
-        if main:
-            save_policy(final, trainer.processing_class, folder / "model")
-    if main:
+    save_adapter(trained, policy, folder / "adapter")
+    # Onto the weights on disk: those in memory may be in shards, or what quantising left of them.
+    save_merged(trained, trainer.processing_class, config, folder / "model")
+    if trainer.accelerator.is_main_process:
         write_aside(folder / STATE_FILE, json.dumps(trainer.terms.state_dict()) + "\n")
     trainer.accelerator.wait_for_everyone()
     return str(folder / "model")

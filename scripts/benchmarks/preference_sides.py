@@ -60,24 +60,27 @@ class Work:
         return Work(self.pairs[:num_pairs], rows, self.category_names, batches, tokens)
 
 
-class _TimesReference:
+class _Trl(DPOTrainer):
     """Notes how long the constructor's pass over the reference took."""
 
     reference_seconds = 0.0
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         started = time.perf_counter()
-        result = super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+        result = super()._precompute_ref_logps(*args, **kwargs)
         self.reference_seconds = time.perf_counter() - started
         return result
 
 
-class _Trl(_TimesReference, DPOTrainer):
-    pass
+class _Ours(PreferenceTrainer):
+    """Notes the same of the pass that ours makes when training begins."""
 
+    reference_seconds = 0.0
 
-class _Ours(_TimesReference, PreferenceTrainer):
-    pass
+    def load_reference(self) -> None:
+        started = time.perf_counter()
+        super().load_reference()
+        self.reference_seconds = time.perf_counter() - started
 
 
 class Side:
@@ -88,6 +91,8 @@ class Side:
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer_and_scheduler(num_training_steps=trainer.args.max_steps)
         self.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        if isinstance(trainer, PreferenceTrainer):
+            trainer.load_reference()
 
     def step(self, rows: Sequence[int]) -> tuple[float, float]:
         """(loss, seconds) of one step on these rows of the data, collating included."""

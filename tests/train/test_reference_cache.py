@@ -1,11 +1,11 @@
+import shutil
 from pathlib import Path
 
-import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
 
-from equipoise.train.reference_cache import cache_file, load, save, weights_fingerprint
+from equipoise.train.recipe import ModelConfig
+from equipoise.train.reference_cache import cache_file, load, reference_key, save
 
 
 def test_what_is_saved_is_loaded(cache: Path) -> None:
@@ -41,25 +41,17 @@ def test_model_data_and_dtype_name_the_file(cache: Path) -> None:
     assert len(paths) == 8
 
 
-def test_an_adapter_leaves_the_fingerprint_alone(tiny_model: LlamaForCausalLM) -> None:
-    plain = weights_fingerprint(tiny_model)
-    model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert weights_fingerprint(model) == plain
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(1.0)
-    assert weights_fingerprint(model) == plain
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_the_least_change_of_a_weight_changes_it(name: str, tiny_model: LlamaForCausalLM) -> None:
-    plain = weights_fingerprint(tiny_model)
-    with torch.no_grad():
-        weight = tiny_model.get_parameter(name)
-        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(1.0))
-    assert weights_fingerprint(tiny_model) != plain
-
-
-def test_bf16_weights_have_a_fingerprint_of_their_own(tiny_model: LlamaForCausalLM) -> None:
-    assert weights_fingerprint(tiny_model) != weights_fingerprint(tiny_model.bfloat16())
+def test_the_reference_is_known_by_its_files_and_how_they_are_quantised(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model_folder, copy)
+    config = ModelConfig()
+    key = reference_key(str(tiny_model_folder), config)
+    assert reference_key(str(copy), config) == key
+    assert reference_key(str(copy), ModelConfig(quantization="nf4")) != key
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name][0, 0] = torch.nextafter(weights[name][0, 0], torch.tensor(1.0))
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert reference_key(str(copy), config) != key  # the least change of a weight

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
+from equipoise.data.errors import EquipoiseError
 from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import EncodingLimits
 from equipoise.train import reference_cache
@@ -22,7 +23,8 @@ from equipoise.train.model import (
     peft_config,
     uses_frozen_copy,
 )
-from equipoise.train.recipe import Recipe
+from equipoise.train.ranks import from_first
+from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import KLConfig, LogRatioStageConfig, MixtureConfig
 from equipoise.train.sampling import order_pairs
 from equipoise.train.stages.context import StageContext, StageResult
@@ -111,18 +113,15 @@ def train_on_log_ratios(
         terms=terms,
         contexts=_contexts(stage, tokenizer, recipe, context),
         benign=benign_answers(stage.kl, tokenizer, context),
+        reference_key=_reference_key(policy, recipe.model, context.say),
         log=lambda metrics, step: context.log(metrics, step, name),
         warn=context.say,
         progress=lambda done, total, what: context.progress(done, total, f"{name}: {what}"),
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model),
     )
-    watched = trainer.ref_model if trainer.ref_model is not None else trainer.model
-    before = reference_cache.weights_fingerprint(watched) if _is_frozen(trainer, recipe) else None
     train(trainer, name, stage, context, trainer.terms.load_state_dict)
-    if before is not None:
-        after = reference_cache.weights_fingerprint(watched)
-        assert after == before, "the reference's weights changed during training"
+    trainer.check_reference()
     model_folder = save_trained(trainer, policy, recipe.model, folder)
     seconds = time.perf_counter() - started
     facts: dict[str, object] = {
@@ -142,9 +141,17 @@ def _category_order(name: str) -> tuple[bool, int, str]:
     return (name == HELPFUL, int(number) if number.isdigit() else 10**6, name)
 
 
-def _is_frozen(trainer: PreferenceTrainer, recipe: Recipe) -> bool:
-    """Whether there is a reference in memory that could change: the base under an adapter, or the frozen copy."""
-    return recipe.model.lora.enabled or trainer.ref_model is not None
+def _reference_key(policy: str, model: ModelConfig, say: Callable[[str], None]) -> str | None:
+    """The cache's name for the reference, None where it has none (and said); the same on all ranks, collective."""
+
+    def key() -> str | None:
+        try:
+            return reference_cache.reference_key(policy, model)
+        except EquipoiseError as error:
+            say(f"the reference's log-probabilities are not kept for other runs: {error}")
+            return None
+
+    return from_first(key)
 
 
 def frozen_copy_of(policy: str, recipe: Recipe) -> torch.nn.Module:

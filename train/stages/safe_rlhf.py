@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +26,7 @@ from equipoise.train.losses.lagrange import ALL, Multipliers
 from equipoise.train.model import save_merged
 from equipoise.train.pairs import encode_pairs
 from equipoise.train.preemption import deferred
-from equipoise.train.recipe import Recipe
+from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.rl import SafeRLHFStageConfig
 from equipoise.train.recipe.safe_rlhf_checks import (
     SCORER_STAGES,
@@ -40,9 +40,9 @@ from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.preference import select_pairs
 from equipoise.train.trainers.completion_head import base_causal_lm
 from equipoise.train.trainers.rollout import Sampler, TransformersSampler, VLLMSampler
-from equipoise.train.trainers.safe_rlhf import Answers, Draws, SafeRLHFTrainer
+from equipoise.train.trainers.safe_rlhf import Answers, Draws, SafeRLHFTrainer, shards_parameters
 from equipoise.train.trainers.safe_rlhf_models import check_backbone, load_separate, load_shared
-from equipoise.train.training import TrainingError, belongs_to, examples_per_step, resume_from
+from equipoise.train.training import belongs_to, examples_per_step, resume_from
 
 
 def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: StageContext) -> StageResult:
@@ -113,16 +113,20 @@ def run_safe_rlhf(name: str, stage: SafeRLHFStageConfig, policy: str, context: S
 def _accelerator(recipe: Recipe) -> Accelerator:
     # A stage before this one may have left another precision behind; transformers' Trainer resets it the same way.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
+    PartialState(cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no")
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Safe RLHF trains adapters where the launch shards parameters; raises RecipeError before anything is trained."""
+    names = [name for name, stage in recipe.stages.items() if isinstance(stage, SafeRLHFStageConfig)]
+    if not names or recipe.model.lora.enabled or not shards_parameters(_accelerator(recipe)):
+        return
+    raise RecipeError(
+        f"stages.{names[0]}: found model.lora.enabled=false in a launch that shards parameters (FSDP, ZeRO-3), where "
+        "safe_rlhf trains adapters on frozen, sharded weights. Train adapters (model.lora.enabled=true), or launch "
+        "with recipes/accelerate/ddp.yaml, where every GPU holds all models whole."
     )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise TrainingError(
-            f"safe_rlhf keeps a whole copy of its models on every GPU, and this launch shards them "
-            f"({accelerator.distributed_type.value}). Launch it with recipes/accelerate/ddp.yaml."
-        )
-    return accelerator
 
 
 def check_given_scorers(recipe: Recipe, base_folder: str) -> None:

@@ -1,7 +1,7 @@
 """Reward and cost models: trained from the policy, which they leave as it was."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -20,8 +20,9 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.scorer import Scorer
 from equipoise.eval.scorer_card import ScorerCard
 from equipoise.eval.statistics import wilson_interval
-from equipoise.train.model import load_trainable, peft_config
+from equipoise.train.model import load_trainable, peft_config, whole_tensors
 from equipoise.train.pairs import can_share_prompt, encode_pairs
+from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.stages import (
     CategoryConfig,
@@ -111,12 +112,20 @@ def _train_scorer(
     if stage.normalise:
         card = _normalised(card, trainer.score_pairs(_indexed(unique, names), "scores of training pairs"))
         facts |= {"score_mean": card.mean, "score_std": card.std}
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    scorer: Scorer = trainer.accelerator.unwrap_model(trainer.model)
+    state = whole_tensors(_saved_tensors(scorer))
     scorer_folder = folder / "scorer"
-    if trainer.accelerator.is_main_process:
-        save_scorer(trainer.model, tokenizer, scorer_folder, card, state)
-    trainer.accelerator.wait_for_everyone()
+    from_first(lambda: save_scorer(scorer, tokenizer, scorer_folder, card, state))
     return StageResult(policy, time.perf_counter() - started, facts, scorer_folder=str(scorer_folder))
+
+
+def _saved_tensors(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
+    """What a scorer folder holds: adapter and head, or all of the decoder and head."""
+    adapter_only = isinstance(scorer.backbone, PeftModel)
+    kept = set(scorer.state_dict())  # without the buffers that are not saved
+    for name, tensor in (*scorer.named_parameters(), *scorer.named_buffers()):
+        if name in kept and (tensor.requires_grad or not adapter_only):
+            yield name, tensor
 
 
 def _scorer(model: PreTrainedModel, recipe: Recipe) -> Scorer:

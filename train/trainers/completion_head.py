@@ -5,8 +5,10 @@ those alone through the LM head. Called any other way the model is as before, so
 to live in `forward` because DDP, FSDP and DeepSpeed hook there.
 """
 
+import contextlib
 import functools
 import types
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +70,16 @@ def lm_head(model: PreTrainedModel) -> LMHead:
     return LMHead(weight, bias, 1.0 if scale is None else float(scale), softcap)
 
 
+def whole_head(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """Inside, the output head that ZeRO-3 shards is whole (`lm_head` gathers FSDP's); for what reads it by itself."""
+    head = model.get_output_embeddings()
+    parameters = [p for p in (head.weight, getattr(head, "bias", None)) if p is not None]
+    # Before DeepSpeed has prepared a model its parameters are whole, and TRL's context would ask for their shards.
+    if not all(hasattr(parameter, "ds_status") for parameter in parameters):
+        return contextlib.nullcontext()
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
 def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
     """Patch `model` in place (once); see the module's docstring for the call."""
     base = base_causal_lm(model)
@@ -91,10 +103,8 @@ def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
         kwargs.pop("labels", None)
         states = self.base_model(*args, **kwargs).last_hidden_state
         hidden = states.reshape(-1, states.shape[-1])[completion_index]
-        raw = self.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(raw.weight, getattr(raw, "bias", None)):
-            head = lm_head(self)
-            head = head.at(completion_temperature)
+        with whole_head(self):
+            head = lm_head(self).at(completion_temperature)
             log_probs = selected_log_probs(
                 hidden, head.weight, head.bias, completion_targets, scale=head.scale, softcap=head.softcap
             )

@@ -5,6 +5,7 @@ Ours: the advantages (`losses/group_rewards.py`: equal rewards give exactly 0, a
 rewards that are not finite, empty answers, and the metrics (sums over the tokens and answers of all ranks).
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
+from equipoise.train.model import is_sharded
 from equipoise.train.pairs import can_share_prompt
 from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.rewards.answers import Outcome
@@ -25,6 +28,7 @@ from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
+from equipoise.train.trainers.rollout import GumbelSampling
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
 
@@ -132,7 +136,19 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         return [ids or end for ids in completion_ids], logprobs
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """TRL's sampling by `generate`, with the prompt encoded once a group; each answer up to its end token."""
+        """TRL's sampling by `generate`, with the prompt encoded once a group; each answer up to its end token.
+
+        Every answer has a random stream of its own, a function of seed, step and its number among all ranks' answers:
+        the same answers on any number of ranks, and after a resume.
+        """
+        step = self.state.global_step // self.num_iterations
+        first = self.accelerator.process_index * len(prompt_ids)
+        slots = [hash((step, first + i)) for i in range(len(prompt_ids))]
+        drawn = GumbelSampling(self.args.seed, slots, self.accelerator.device)
+        warpers = [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1.0 else []
+        warpers += [TopPLogitsWarper(self.top_p)] if self.top_p < 1.0 else []
+        config = copy.deepcopy(self.generation_config)
+        config.update(do_sample=False, temperature=None, top_p=None, top_k=None)  # the draw is the noise's
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -143,7 +159,13 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            answers = sample_shared(model, prompt_ids, self.generation_config).tolist()
+            answers = sample_shared(
+                model,
+                prompt_ids,
+                config,
+                logits_processor=LogitsProcessorList([*warpers, drawn]),
+                synced_gpus=is_sharded(model),
+            ).tolist()
         ends = set(self.eos_token_ids)
         lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in answers]
         return [ids[:length] for ids, length in zip(answers, lengths, strict=True)]

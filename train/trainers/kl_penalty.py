@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from equipoise.train.answers import BenignAnswers
 from equipoise.train.losses.kl import k3, sequence_mean, token_kl
 from equipoise.train.pairs import model_inputs
 from equipoise.train.recipe.stages import KLConfig
-from equipoise.train.trainers.completion_head import CompletionOutput, base_causal_lm, lm_head
+from equipoise.train.trainers.completion_head import CompletionOutput, base_causal_lm, lm_head, whole_head
 
 
 class Reference:
@@ -42,20 +43,21 @@ class Reference:
     def exact_kl(self, hidden: Tensor, ref_hidden: Tensor, estimator: str) -> Tensor:
         """`token_kl` of the policy's and the reference's hidden states (N, H), each through its own LM head: (N,)."""
         unwrap = self._trainer.accelerator.unwrap_model
-        head = lm_head(base_causal_lm(unwrap(self._trainer.model)))
-        ref_weight = None
-        if self._trainer.ref_model is not None:
-            ref_weight = lm_head(base_causal_lm(unwrap(self._trainer.ref_model))).weight
-        return token_kl(
-            hidden,
-            ref_hidden,
-            head.weight,
-            head.bias,
-            estimator=estimator,
-            ref_weight=ref_weight,
-            scale=head.scale,
-            softcap=head.softcap,
-        )
+        policy = base_causal_lm(unwrap(self._trainer.model))
+        ref_model = self._trainer.ref_model
+        reference = base_causal_lm(unwrap(ref_model)) if ref_model is not None else policy
+        with whole_head(policy), whole_head(reference) if reference is not policy else nullcontext():
+            head = lm_head(policy)
+            return token_kl(
+                hidden,
+                ref_hidden,
+                head.weight,
+                head.bias,
+                estimator=estimator,
+                ref_weight=lm_head(reference).weight if reference is not policy else None,
+                scale=head.scale,
+                softcap=head.softcap,
+            )
 
 
 class KLPenalty:

@@ -2,18 +2,32 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from equipoise.data.files import write_aside
 from equipoise.train.checkpoints import STATE_FILE, save_checkpoint
 from equipoise.train.diagnostics.non_finite import stop_non_finite
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.step_table import StepTable
+
+
+class AtBeginning(TrainerCallback):
+    """Calls a function when the engine has the model and before the first step; a resumed run's weights are loaded."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Called by the trainer."""
+        self._function()
 
 
 class OptimizerSteps(Trainer):

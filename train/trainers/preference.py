@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
@@ -29,9 +30,10 @@ from equipoise.train.recipe.stages import LogRatioStageConfig, PreferenceStageCo
 from equipoise.train.trainers.category_terms import TIE, CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
-from equipoise.train.trainers.optimizer_steps import OptimizerSteps
+from equipoise.train.trainers.optimizer_steps import AtBeginning, OptimizerSteps
 from equipoise.train.trainers.random_contexts import RandomContexts
 from equipoise.train.trainers.step_table import StepTable
+from equipoise.train.training import TrainingError
 
 
 class PreferenceTrainer(OptimizerSteps, DPOTrainer):
@@ -65,11 +67,13 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         terms: CategoryTerms,
         contexts: RandomContexts | None,
         benign: BenignAnswers | None = None,
+        reference_key: str | None = None,
         log: Callable[[Mapping[str, float], int], None],
         warn: Callable[[str], None],
         progress: Callable[[int, int, str], None] | None = None,
         **kwargs: Any,
     ) -> None:
+        """reference_key: names the reference's weights in the cache of its log-probabilities; None: not cached."""
         self.stage, self.terms, self.contexts = stage, terms, contexts
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
         self._log_metrics, self._warn, self._reference_progress = log, warn, progress
@@ -77,6 +81,11 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         self._shift: Tensor | None = None
         """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
+        self._reference_key = reference_key
+        self._reference_sums: tuple[Tensor, Tensor] | None = None
+        """The reference's log-probabilities of chosen and rejected answers, by pair."""
+        self._frozen: str | None = None
+        """Fingerprint of the weights in memory that are the reference's, where there are such."""
         self._reference = Reference(self)
         self._kl_penalty = KLPenalty(stage.kl, category_names, self._reference, benign)
         self._benign_kl: Tensor | None = None
@@ -90,6 +99,16 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
             data_collator=collator,
             **kwargs,
         )
+        for module in (self.model, self.ref_model):
+            if module is not None:
+                add_completion_head(self.accelerator.unwrap_model(module))
+        if not can_share_prompt(self.model, self.processing_class):
+            self.data_collator.two_rows = True
+            self._warn(
+                "This model does not take a 4-D attention mask: pairs are trained in two rows, which encodes every "
+                "prompt twice and is slower."
+            )
+        self.add_callback(AtBeginning(self.load_reference))
 
     # ---- data -------------------------------------------------------------------------------------------------
 
@@ -97,38 +116,56 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         """Pairs come tokenised (`pairs.encode_pairs`)."""
         return dataset
 
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Add ref_chosen_logps and ref_rejected_logps, from the cache or computed with the same batches."""
-        reference = self.ref_model if self.ref_model is not None else self.model
-        for module in {id(self.model): self.model, id(reference): reference}.values():
-            add_completion_head(module)
-        self._choose_layout(reference)
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """Called before an engine has placed and sharded the model: too early, see `load_reference`."""
+        return dataset
+
+    def load_reference(self) -> None:
+        """The reference's log-probabilities, from the cache or from the model as the engine has it. Collective.
+
+        Raises TrainingError where the reference is no more: trained over, and not in the cache.
+        """
+        dataset = self.train_dataset
         unique = dataset.select(_first_rows(dataset["pair"]))
-        dtype = f"{reference.dtype}".removeprefix("torch.") + ("-autocast" if self.args.bf16 else "")
-        path = reference_cache.cache_file(
-            reference_cache.weights_fingerprint(reference), dataset_key(unique), dtype
-        )
-        cached = reference_cache.load(path, len(unique))
+        path = None
+        if self._reference_key is not None:
+            model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
+            dtype = f"{model.dtype}".removeprefix("torch.") + ("-autocast" if self.args.bf16 else "")
+            path = reference_cache.cache_file(self._reference_key, dataset_key(unique), dtype)
+        cached = None if path is None else reference_cache.load(path, len(unique))
         # Ranks have to agree: another run may have written the file between their looking, or on one machine only.
         found = torch.tensor([cached is not None], device=self.accelerator.device)
         self.reference_cache_hit = bool(self.accelerator.gather(found).all())
         if cached is None or not self.reference_cache_hit:
-            cached = self._reference_logps(unique, batch_size)
-            if self.accelerator.is_main_process:
+            if self.state.global_step and self._reference_in_memory is None:
+                raise TrainingError(
+                    f"the reference's log-probabilities are not in the cache any more ({path}), and its weights have "
+                    f"been trained; remove {self.args.output_dir} to start the stage anew"
+                )
+            cached = self._reference_logps(unique, self.args.per_device_train_batch_size)
+            if path is not None and self.accelerator.is_main_process:
                 reference_cache.save(path, *cached)
-        row = {pair: i for i, pair in enumerate(unique["pair"])}
-        rows = [row[pair] for pair in dataset["pair"]]
-        return dataset.add_column("ref_chosen_logps", cached[0][rows].tolist()).add_column(
-            "ref_rejected_logps", cached[1][rows].tolist()
-        )
+        pairs = torch.tensor(unique["pair"])
+        by_pair = torch.full((2, int(pairs.max()) + 1), torch.nan)
+        by_pair[:, pairs] = torch.stack(cached)
+        chosen, rejected = by_pair.to(self.accelerator.device)
+        self._reference_sums = chosen, rejected
+        if self._reference_in_memory is not None:
+            self._frozen = reference_cache.frozen_fingerprint(self._reference_in_memory)
 
-    def _choose_layout(self, model: nn.Module) -> None:
-        if not can_share_prompt(model, self.processing_class):
-            self.data_collator.two_rows = True
-            self._warn(
-                "This model does not take a 4-D attention mask: pairs are trained in two rows, which encodes every "
-                "prompt twice and is slower."
-            )
+    def check_reference(self) -> None:
+        """The reference's weights are those that training began with."""
+        if self._reference_in_memory is not None:
+            now = reference_cache.frozen_fingerprint(self._reference_in_memory)
+            assert now == self._frozen, "the reference's weights changed during training"
+
+    @property
+    def _reference_in_memory(self) -> nn.Module | None:
+        """The frozen copy, or the policy with an adapter; None: the policy is trained whole, without a copy."""
+        if self.ref_model is not None:
+            return self.accelerator.unwrap_model(self.ref_model)
+        policy = self.accelerator.unwrap_model(self.model)
+        return policy if isinstance(policy, PeftModel) else None
 
     def _reference_logps(self, dataset: Dataset, batch_size: int) -> tuple[Tensor, Tensor]:
         """(chosen (n,), rejected (n,)) on CPU, each rank its share, all ranks all of it."""
@@ -142,7 +179,7 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         order = sorted(range(len(dataset)), key=lengths.__getitem__)  # alike lengths: little padding
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         chosen, rejected = torch.zeros(len(dataset)), torch.zeros(len(dataset))
-        reference = self.ref_model if self.ref_model is not None else self.model
+        reference = self.ref_model if self.ref_model is not None else self.model_wrapped
         was_training = reference.training
         reference.eval()
         # A rank without a batch of its own repeats one, so that all ranks call forward equally often (ZeRO-3).
@@ -151,7 +188,7 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
             rows = batches[min(number, len(batches) - 1)]
             batch = self._to_device(self.data_collator([dataset[r] for r in rows]))
             with self.compute_loss_context_manager():
-                log_probs = self._reference.outputs(self.model, model_inputs(batch)).log_probs
+                log_probs = self._reference.outputs(self.model_wrapped, model_inputs(batch)).log_probs
             if number < len(batches):
                 sums = sum_by_sequence(log_probs, batch)
                 chosen[rows], rejected[rows] = sums[0].cpu(), sums[1].cpu()
@@ -176,11 +213,11 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
             raise NotImplementedError("the completion forward has no full logits to return")
         outputs = model(**model_inputs(inputs))
         chosen, rejected = sum_by_sequence(outputs.log_probs, inputs)
+        assert self._reference_sums is not None
         logps = PairLogps(
             chosen,
             rejected,
-            inputs["ref_chosen_logps"].float(),
-            inputs["ref_rejected_logps"].float(),
+            *(sums[inputs["pair"]] for sums in self._reference_sums),
             inputs["chosen_lengths"],
             inputs["rejected_lengths"],
         )

@@ -9,6 +9,7 @@ The vLLM server needs GPUs of its own and, for the weights (see TRL's vLLM guide
         --logprobs-mode processed_logprobs
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -29,6 +31,7 @@ from transformers import (
 
 from equipoise.eval.generation.batches import base_of, decoding_by, inference, left_pad
 from equipoise.eval.generation.engine import end_tokens
+from equipoise.train.model import is_sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class TransformersSampler:
         """See `Sampler`; the model is left in the mode it was in."""
         base = base_of(model)
         ends = end_tokens(base, self.tokenizer)
-        # Drawn by `_GumbelSampling`, so to `generate` it is the most probable token.
+        # Drawn by `GumbelSampling`, so to `generate` it is the most probable token.
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             eos_token_id=sorted(ends),
@@ -127,7 +130,10 @@ class TransformersSampler:
         )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: dict[int, list[int]] = {}
-        with inference(model), decoding_by(base, config):
+        sharded = is_sharded(base)
+        # What FSDP gathers under inference_mode could not be trained through afterwards.
+        quiet = torch.no_grad() if sharded else inference(model)
+        with quiet, decoding_by(base, config):
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]
                 input_ids, attention_mask = left_pad(
@@ -137,15 +143,16 @@ class TransformersSampler:
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     logits_processor=LogitsProcessorList(
-                        [_GumbelSampling(self.seed, [slots[i] for i in rows], base.device)]
+                        [GumbelSampling(self.seed, [slots[i] for i in rows], base.device)]
                     ),
+                    synced_gpus=sharded,  # a rank whose answers have ended goes on for those that have not
                 )
                 for i, answer in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                     answers[i] = _up_to_end(answer, ends)
         return [answers[i] for i in range(len(prompts))]
 
 
-class _GumbelSampling(LogitsProcessor):
+class GumbelSampling(LogitsProcessor):
     """argmax(logits + Gumbel noise) is a draw from softmax(logits); each row has its own noise."""
 
     def __init__(self, seed: int, slots: Sequence[int], device: torch.device) -> None:
@@ -153,6 +160,7 @@ class _GumbelSampling(LogitsProcessor):
         self._generators = [torch.Generator(device).manual_seed(hash((seed, slot)) % 2**63) for slot in slots]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) whose largest is the draw; called by `generate`."""
         noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -181,14 +189,11 @@ class VLLMSampler:
         """See `Sampler`; every step is sampled with the weights of that step."""
         every = gather_object([list(prompts)])
         answers: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            with torch.no_grad():
-                if self._metadata is None:
-                    self._metadata = [
-                        (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
-                        for name, weight in merged_weights(model)
-                    ]
-                self.client.update_named_params(self._metadata, merged_weights(model))
+        main = self.accelerator.is_main_process
+        with torch.no_grad():
+            if main or is_sharded(base_of(model)):  # what is in shards, the first rank gathers from all
+                self._send(merged_weights(model), merged_weights(model))
+        if main:
             self.client.reset_prefix_cache()
             output = self.client.generate(
                 prompts=[prompt for of_rank in every for prompt in of_rank],
@@ -201,6 +206,18 @@ class VLLMSampler:
         broadcast_object_list(answers, from_process=0)
         start = sum(len(of_rank) for of_rank in every[: self.accelerator.process_index])
         return [list(answer) for answer in answers[0][start : start + len(prompts)]]
+
+    def _send(self, described: Iterator[tuple[str, Tensor]], sent: Iterator[tuple[str, Tensor]]) -> None:
+        """Send the weights from the first rank; the others only go along."""
+        if self._metadata is None:
+            self._metadata = [
+                (name, str(weight.dtype).removeprefix("torch."), list(weight.shape))
+                for name, weight in described
+            ]
+        if self.client is not None:
+            self.client.update_named_params(self._metadata, sent)
+        else:
+            deque(sent, maxlen=0)
 
 
 def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -221,6 +238,8 @@ def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Te
         if name in parts:
             continue
         owner = name.removesuffix(".base_layer.weight")
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         if owner in adapted:
             layer = adapted[owner]
             for adapter in layer.active_adapters:

@@ -9,8 +9,9 @@ One step, on every rank:
     5. `update_epochs` optimizer steps over the answers; gradients are summed over ranks
 
 Losses are means over the valid answers of all ranks: every rank divides by the same count, so the sum of gradients is
-that of one process. Models are not wrapped in DDP, which would want one forward for all roles of a backbone, and not
-sharded: the stage refuses FSDP and DeepSpeed. The random state of a step depends on seed, step and rank alone.
+that of one process. Models are not wrapped in DDP or a DeepSpeed engine, which would want one forward for all roles of
+a backbone; where the launch shards parameters, the frozen ones are sharded here (`safe_rlhf_models.py`). The random
+state of a step depends on seed, step and rank alone.
 
 Differences to PKU's safe-rlhf: the window holds the last answers of all ranks (theirs: of each rank, averaged); the sum
 of the policy's and the PTX gradient makes a step (theirs: the mean, which AdamW's step does not notice); gradients
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
@@ -49,6 +50,13 @@ from equipoise.train.trainers.safe_rlhf_metrics import counts_of, gathered, metr
 from equipoise.train.trainers.safe_rlhf_models import POLICY, SafeRLHFModels, critic
 from equipoise.train.trainers.step_table import StepTable
 from equipoise.train.training import TrainingError, told_to_end
+
+
+def shards_parameters(accelerator: Accelerator) -> bool:
+    """Whether the launch spreads parameters over the ranks: FSDP, or ZeRO stage 3."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return accelerator.distributed_type is DistributedType.FSDP
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ class SafeRLHFTrainer:
         self._multiplier_index = torch.full((len(draws.names),), -1)
         if multipliers is not None:
             self._multiplier_index = multipliers.index(draws.names)
+        if shards_parameters(accelerator):
+            models.shard(accelerator.device)
         for module in models.modules:
             module.to(accelerator.device)
         groups = [
@@ -164,6 +174,11 @@ class SafeRLHFTrainer:
             if ending:
                 raise Preempted
 
+    def _autocast(self) -> torch.autocast:
+        # Not accelerate's: under DeepSpeed it leaves that to an engine, which is not used here.
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16)
+
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -187,7 +202,7 @@ class SafeRLHFTrainer:
     # ---- what the update needs --------------------------------------------------------------------------------------
 
     def _measure(self, episodes: Sequence[Episode]) -> Experience:
-        with self.accelerator.autocast():
+        with self._autocast():
             return measure(self.models, self._collate(episodes), self.scores, self.stage.missing_end_penalty)
 
     def _collate(self, episodes: Sequence[Episode]) -> RolloutBatch:
@@ -236,9 +251,9 @@ class SafeRLHFTrainer:
                     self._backward_critic(kind, experience, num_valid)
             for batch in ptx:
                 with self.models.training(POLICY):
-                    with self.accelerator.autocast():
+                    with self._autocast():
                         loss = -self.models.log_probs(batch).sum() / num_ptx_tokens
-                    self.accelerator.backward(self.stage.ptx_coef * loss)
+                    (self.stage.ptx_coef * loss).backward()
                 ptx_sum += loss.detach()
             self._optimize(experiences, step)
         if not ptx:
@@ -261,7 +276,7 @@ class SafeRLHFTrainer:
 
     def _backward_policy(self, experience: Experience, num_valid: int) -> None:
         with self.models.training(POLICY):
-            with self.accelerator.autocast():
+            with self._autocast():
                 log_probs = experience.batch.by_answer(self.models.log_probs(experience.batch))
             loss, clipped = ppo.clipped_actor_loss(
                 log_probs,
@@ -273,13 +288,13 @@ class SafeRLHFTrainer:
             if self.stage.advantage == "grpo":
                 pull = ppo.answer_mean(k3(log_probs, experience.ref_log_probs), experience.mask)
                 loss = loss + self.stage.kl / 2 * pull
-            self.accelerator.backward(loss.sum() / num_valid)
+            (loss.sum() / num_valid).backward()
         experience.add("clipped", clipped)
         experience.add("actor_loss", loss)
 
     def _backward_critic(self, kind: str, experience: Experience, num_valid: int) -> None:
         with self.models.training(critic(kind)):
-            with self.accelerator.autocast():
+            with self._autocast():
                 values = experience.batch.by_answer(self.models.values(kind, experience.batch))
             loss = ppo.clipped_critic_loss(
                 values,
@@ -288,7 +303,7 @@ class SafeRLHFTrainer:
                 experience.mask,
                 clip=self.stage.clip_value,
             )
-            self.accelerator.backward(loss.sum() / num_valid)
+            (loss.sum() / num_valid).backward()
         experience.add(f"{kind}_critic_loss", loss)
 
     def _optimize(self, experiences: Sequence[Experience], step: int) -> None:
@@ -395,6 +410,6 @@ class SafeRLHFTrainer:
             self.models.load_state_dict(load_file(folder / "trained.safetensors"))
         except ValueError as error:
             raise TrainingError(f"{folder}: {error}; remove the folder to start the stage anew") from error
-        tensors = torch.load(folder / "optimizer.pt", map_location=self.accelerator.device, weights_only=True)
+        tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(tensors["optimizer"])
         self.scheduler.load_state_dict(tensors["scheduler"])

@@ -4,6 +4,10 @@
                 before every pass; the critics start as copies of the scorers; the reference is the bare backbone.
     separate    a model each; the reference is the policy without its adapter, or a frozen copy (full fine-tuning).
 
+Under an engine that shards parameters (FSDP, ZeRO-3) the frozen weights of every backbone's layers are spread over the
+ranks by PyTorch's FSDP 2, and gathered layer by layer as passes need them. Adapters and heads stay whole on every rank,
+and so do embeddings, norms and LM head: gradients, optimizer and checkpoints are those of an unsharded run.
+
 Passes are made role by role, each with its backward pass before the next one: the activations of one role are in
 memory at a time, and gradient checkpointing recomputes with the adapter that was active.
 """
@@ -13,9 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.eval.scorer import Scorer, load_scorer, load_scorer_head
@@ -88,6 +95,15 @@ class SafeRLHFModels:
         finally:
             module.eval()
 
+    def shard(self, device: torch.device) -> None:
+        """Spread the frozen weights over the ranks; to be called before anything is on `device`. Collective."""
+        decoders = [
+            module.decoder if isinstance(module, Scorer) else base_causal_lm(module).base_model  # type: ignore[arg-type]
+            for module in self.modules
+        ]
+        for decoder in {id(decoder): decoder for decoder in decoders}.values():  # the shared layout has one
+            _shard_frozen(decoder, device)
+
     def _activate(self, role: str, *, trained: bool = False) -> None:
         if self.shared and self._active != (role, trained):  # switching walks over every layer
             assert isinstance(self.policy, PeftModel)
@@ -146,6 +162,24 @@ class SafeRLHFModels:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def _shard_frozen(decoder: nn.Module, device: torch.device) -> None:
+    """FSDP 2 on the frozen weights of the decoder's layers. Every pass goes through the decoder's own `__call__`."""
+    kinds = set(decoder._no_split_modules or ())
+    layers = [module for module in decoder.modules() if type(module).__name__ in kinds]
+    sharded = {
+        parameter
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        # The scorers' adapters are frozen as well. Quantised weights are bytes, which FSDP cannot take.
+        if "lora_" not in name and not parameter.requires_grad and parameter.is_floating_point()
+    }
+    kept = set(decoder.parameters()) - sharded
+    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=kept)
+    fully_shard(decoder, mesh=mesh, ignored_params=kept)  # the root, which lets one layer be gathered ahead
 
 
 def _log_probs(model: PreTrainedModel | PeftModel, batch: RolloutBatch) -> Tensor:

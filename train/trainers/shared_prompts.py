@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from equipoise.eval.generation.batches import left_pad
 from equipoise.train.losses.log_probs import token_entropy
 from equipoise.train.pairs import Block, collate_blocks, pair_attention_mask
-from equipoise.train.trainers.completion_head import base_causal_lm, lm_head
+from equipoise.train.trainers.completion_head import base_causal_lm, lm_head, whole_head
 
 MIN_SAVING = 2.0
 """Share the prompt where that leaves at most one token in so many: attention over the long row costs something too."""
@@ -43,8 +42,10 @@ def grouped(
 
 
 @torch.no_grad()
-def sample_shared(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> Tensor:
-    """Answers (B, L) to `prompts` (B token lists, equal ones among them), as `model.generate` would sample them.
+def sample_shared(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
+) -> Tensor:
+    """Answers (B, L) to `prompts` (B token lists, equal ones among them), as `model.generate(**options)` would.
 
     Every prompt but its last token goes through the model once; its cache is then copied to the rows that ask it.
     """
@@ -66,7 +67,7 @@ def sample_shared(model: Any, prompts: Sequence[Sequence[int]], config: Generati
         cache.batch_select_indices(rows)
         start["past_key_values"] = cache
     output = model.generate(
-        input_ids=input_ids[rows], attention_mask=mask[rows], generation_config=config, **start
+        input_ids=input_ids[rows], attention_mask=mask[rows], generation_config=config, **start, **options
     )
     return output[:, input_ids.shape[1] :]
 
@@ -117,8 +118,7 @@ def shared_log_probs(
 
     if not entropy:
         return spread(output.log_probs), None
-    head = base_causal_lm(base).get_output_embeddings()
-    with torch.no_grad(), maybe_gather_lm_head_ctx(head.weight, getattr(head, "bias", None)):
+    with torch.no_grad(), whole_head(base_causal_lm(base)):
         whole = lm_head(base_causal_lm(base)).at(temperature)
         values = token_entropy(
             output.hidden.detach(), whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap

@@ -126,6 +126,7 @@ def test_loss_and_gradient_equal_trls(
         warn=lambda text: None,
         processing_class=tiny_tokenizer,
     )
+    ours.load_reference()
     batch = ours.data_collator([ours.train_dataset[i] for i in range(8)])
     our_loss = ours._compute_loss(ours.model, batch, False)
     our_loss.backward()

@@ -1,0 +1,148 @@
+"""The arguments of `scripts/matrix`, and the table that comes out."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matrixing.cells import ENGINES, ONE, TRAINERS
+from matrixing.comparing import TOLERANCE, compare
+from matrixing.running import needed_first, prepare, run_cell
+
+Cell = tuple[str, str]
+_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "trl", "peft")
+
+
+def argument_parser(program: str) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Train each trainer under each engine in two real processes on the CPU, on a random model of "
+        "30,000 parameters, and compare with one process at the same global batch: metrics, counts, category state, "
+        f"multipliers, verdicts and weights, within {TOLERANCE:g} in fp32, and a run that SIGTERM to one rank has "
+        "ended and the same command has continued. Exit code 1 where a cell differs or failed.",
+    )
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        metavar="TRAINER:ENGINE",
+        help=f"which cells; either may be `all`. Trainers: {', '.join(TRAINERS)}; engines: {', '.join(ENGINES)}",
+        default=["all:all"],
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, metavar="SECONDS", help="of a cell (default: 600)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="keeps what is done: the same command goes on"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every cell there")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is missing, print the table; returns the exit code."""
+    cells = chosen(options.cells)
+    with tempfile.TemporaryDirectory() as own:
+        folder = (options.out or Path(own)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare(folder)
+        first = sorted({needed for cell in cells for needed in needed_first(cell)} - set(cells))
+        results = run_all(folder, [*first, *cells], options.jobs, options.limit)
+        found = {cell: judged(folder, cell, results) for cell in cells}
+    print(table(found))
+    if options.json:
+        figures = {f"{trainer}:{engine}": figure for (trainer, engine), figure in found.items()}
+        versions = {package: version(package) for package in _PACKAGES}
+        text = json.dumps({"versions": versions, "tolerance": TOLERANCE, "cells": figures}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0 if all(figure["passed"] for figure in found.values()) else 1
+
+
+def chosen(names: Sequence[str]) -> list[Cell]:
+    """The cells that `TRAINER:ENGINE` names, in the order of the table; raises SystemExit for a name that is none."""
+    cells = set()
+    for name in names:
+        trainer, _, engine = name.partition(":")
+        if (trainer not in TRAINERS and trainer != "all") or (engine not in ENGINES and engine != "all"):
+            raise SystemExit(
+                f"--cells: found {name!r}, expected TRAINER:ENGINE with {', '.join(TRAINERS)} or all, and "
+                f"{', '.join(ENGINES)} or all"
+            )
+        cells |= {(t, e) for t in TRAINERS for e in ENGINES if trainer in (t, "all") and engine in (e, "all")}
+    return [(t, e) for t in TRAINERS for e in ENGINES if (t, e) in cells]
+
+
+def run_all(
+    folder: Path, cells: Iterable[Cell], num_jobs: int, limit_seconds: float
+) -> dict[Cell, dict[str, Any]]:
+    """Run the cells: those that others need first, then the rest; one that fails is recorded, the others go on."""
+    results: dict[Cell, dict[str, Any]] = {}
+
+    def one(cell: Cell) -> None:
+        results[cell] = run_cell(folder, cell, limit_seconds)
+        done = results[cell]
+        print(
+            f"{':'.join(cell)}: {done['error'] or 'ran'}, {done['seconds']:g} s", file=sys.stderr, flush=True
+        )
+
+    def stage(cell: Cell) -> int:
+        return 0 if cell[1] == ONE and not needed_first(cell) else 1 if cell[1] == ONE else 2
+
+    waiting = list(cells)
+    for number in range(3):
+        with ThreadPoolExecutor(num_jobs) as pool:
+            list(pool.map(one, [cell for cell in waiting if stage(cell) == number]))
+    return results
+
+
+def judged(folder: Path, cell: Cell, results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
+    """A cell's figures: how it ran, and where it ran, how it compares."""
+    result = dict(results[cell])
+    broken = [
+        f"{':'.join(needed)} failed" for needed in needed_first(cell) if results[needed]["exit_code"] != 0
+    ]
+    if result["exit_code"] != 0 or broken:
+        return result | {"passed": False, "error": result["error"] or broken[0]}
+    return result | compare(folder, cell)
+
+
+def table(found: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """A row a trainer, a column an engine, in Markdown: the largest difference of the metrics, or what went wrong."""
+    engines = [engine for engine in ENGINES if any(cell[1] == engine for cell in found)]
+    lines = [f"| | {' | '.join(engines)} |", f"|---{'|---' * len(engines)}|"]
+    notes: list[str] = []
+    for trainer in TRAINERS:
+        if any(cell[0] == trainer for cell in found):
+            shown = [_shown(trainer, engine, found, notes) for engine in engines]
+            lines.append(f"| {trainer} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, start=1))])
+
+
+def _shown(trainer: str, engine: str, found: Mapping[Cell, Mapping[str, Any]], notes: list[str]) -> str:
+    figures = found.get((trainer, engine))
+    if figures is None:
+        return ""
+    if figures["passed"]:
+        return (
+            f"{figures['metrics_max_difference']:.0e}, {figures['steps']} lines" if engine != ONE else "ran"
+        )
+    what = figures.get("error")
+    if what is None:
+        wrong = {
+            name: value
+            for name, value in figures.items()
+            if (name.endswith("max_difference") and value > TOLERANCE)
+            or (name in ("counts_differ", "ranks_differ") and value)
+            or (name == "same_verdict" and not value)
+        }
+        what = "; ".join(
+            f"{name}: {value[:3] if isinstance(value, list) else value}" for name, value in wrong.items()
+        )
+    notes.append(f"{trainer} under {engine}: {what}")
+    return f"differs ({len(notes)})" if figures.get("exit_code") == 0 else f"failed ({len(notes)})"

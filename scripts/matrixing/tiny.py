@@ -1,0 +1,67 @@
+"""What the cells train: a random Llama of 30,000 parameters, a byte-level tokenizer, and made-up pairs."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CATEGORIES = ("S1", "S2", "S10", "helpful")
+PAIRS_A_CATEGORY = (5, 7, 3, 4)
+"""Uneven, and 19 together: a pass over them ends in a batch that no number of ranks divides."""
+_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_model(folder: Path) -> None:
+    """A complete model folder, fp32; two layers, so that there is a shard to free while the next one is gathered."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    fast.chat_template = _TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # large enough that answers differ
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def write_pairs(path: Path) -> None:
+    """Pairs of unequal lengths as a user's file, `data=jsonl`."""
+    rows = []
+    for category, num in zip(CATEGORIES, PAIRS_A_CATEGORY, strict=True):
+        for i in range(num):
+            rows.append(
+                {
+                    "id": f"{category}-{i}",
+                    "prompt": f"Question {i} of {category}" + " please" * (i % 3),
+                    "chosen": f"No {i}" + " thanks" * (i % 4),
+                    "rejected": f"Yes, {category}" + " gladly" * (1 + i % 2),
+                    "category": category,
+                    "chosen_safe": True,
+                    "rejected_safe": category == "helpful",
+                }
+            )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
