@@ -59,10 +59,10 @@ def add_command(commands: Any) -> None:
     add = command.add_argument
     add("--model", default="smollm2_135m", help="smollm2_135m, a hub id or a model folder")
     add("--num-prompts", type=int, default=200, help="harmful prompts first, then look-alikes (200)")
-    add("--max-new-tokens", type=int, default=64, help="longest answer (64)")
-    add("--batch-size", type=int, default=32, help="of every side (32)")
+    add("--max-new-tokens", type=int, default=48, help="longest answer (48)")
+    add("--batch-size", type=int, default=16, help="of every side (16)")
     add("--their-batch-size", type=int, help="of the sides that are not the engine (--batch-size)")
-    add("--repeats", type=int, default=3, help="runs of every side (3)")
+    add("--repeats", type=int, default=2, help="runs of every side (2)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     add("--continuous-batching", action="store_true", help="transformers' own `generate_batch` too")
     add("--without-lm-eval", action="store_true", help="leave lm-eval out; lm_eval_ratio is then null")
