@@ -152,6 +152,10 @@ def mixed_loss(
     return total
 
 
-def sft_loss(logps: PairLogps) -> Tensor:
-    """Mean negative log-likelihood a chosen token over the batch, scalar: TRL's `sft` term."""
-    return -logps.chosen.sum() / logps.chosen_lengths.sum().clamp(min=1)
+def sft_loss(logps: PairLogps, num_tokens: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of the chosen answers over `num_tokens`, scalar; None: over their own, TRL's `sft` term.
+
+    num_tokens: those of all the batches that a step adds up, so that it is a mean a token whatever they are cut into.
+    """
+    tokens = logps.chosen_lengths.sum() if num_tokens is None else num_tokens
+    return -logps.chosen.sum() / tokens.clamp(min=1)

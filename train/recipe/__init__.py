@@ -69,7 +69,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     """robust: the share of pairs whose label is wrong, in [0, 0.5)."""
     sft_coef: float = 0.0
-    """Weight of the mean negative log-likelihood of the chosen answer, per token."""
+    """Weight of the mean negative log-likelihood a token of the step's chosen answers."""
     length_normalised: bool = False
     """h from mean instead of summed token log-probabilities."""
     delta: float = 10.0

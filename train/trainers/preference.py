@@ -78,6 +78,8 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
         self._log_metrics, self._warn, self._reference_progress = log, warn, progress
         self._table = StepTable(self.columns)
+        self._num_chosen_tokens: Tensor | None = None
+        """Of the step, over all ranks; None where nothing is divided by it."""
         self._shift: Tensor | None = None
         """The step's token-bias penalty on this rank; None on a step without one."""
         self.reference_cache_hit = False
@@ -242,6 +244,13 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         self._table.keep(*self._values(inputs, per_pair, logps, kl))
         return loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Transformers'; keeps the chosen tokens of the step, all microbatches and ranks, for the SFT term."""
+        if isinstance(self.stage, PreferenceStageConfig) and self.stage.loss.sft_coef:
+            num = torch.stack([batch["chosen_lengths"].sum() for batch in batch_samples]).sum().to(device)
+            self._num_chosen_tokens = self.accelerator.gather(num).sum()
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def _log_ratio_loss(self, inputs: dict[str, Any], logps: PairLogps) -> tuple[Tensor, Tensor]:
         """(each pair's loss (B,), their term of the microbatch's loss, scalar)."""
         assert isinstance(self.stage, PreferenceStageConfig)
@@ -259,7 +268,10 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         )
         loss = (weight * per_pair).mean()
         if config.sft_coef:
-            loss = loss + config.sft_coef * sft_loss(logps)
+            sft = sft_loss(logps, self._num_chosen_tokens)
+            if self._num_chosen_tokens is not None:  # the sum over microbatches and ranks, which are then averaged over
+                sft = sft * self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss + config.sft_coef * sft
         return per_pair, loss
 
     def _kappa(self, inputs: dict[str, Any]) -> Tensor | None:
