@@ -89,6 +89,12 @@ def recipe_digest(recipe: Recipe) -> str:
     return digest({key: value for key, value in asdict(recipe).items() if key not in _FREE})[:16]
 
 
+def recipe_digests(run_dir: Path) -> list[str]:
+    """Hashes of the recipes that this folder's run has had, its own the last: `resume.force` may have changed it."""
+    found: list[str] = _read_launch(run_dir).get("recipes", [])
+    return found
+
+
 def forced(run_dir: Path) -> list[dict[str, Any]]:
     """What `resume.force` has changed in this folder's run so far: key -> before and now, a mapping a time."""
     found: list[dict[str, Any]] = _read_launch(run_dir).get("forced", [])
@@ -132,7 +138,8 @@ def _force(run_dir: Path, recipe: Recipe, changed: Mapping[str, tuple[Any, Any]]
 
 
 def _write(run_dir: Path, recipe: Recipe, forced: list[dict[str, Any]]) -> None:
-    facts = {**launch(), "versions": versions(), "forced": forced}
+    recipes = [*recipe_digests(run_dir), recipe_digest(recipe)]
+    facts = {**launch(), "versions": versions(), "recipes": recipes, "forced": forced}
     write_aside(run_dir / LAUNCH_FILE, json.dumps(facts, indent=1) + "\n")
     text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
     write_aside(run_dir / "recipe.yaml", text)  # the last: with it the folder is claimed

@@ -17,11 +17,11 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train import preemption
 from equipoise.train.checkpoints import STATE_FILE, find_checkpoint, read_manifest, step_of
-from equipoise.train.claim import launch, recipe_digest, versions
+from equipoise.train.claim import launch, recipe_digest, recipe_digests, versions
 from equipoise.train.diagnostics.steps import StepWatch, StepWatchCallback
 from equipoise.train.model import adapters_in_fp32, save_adapter, save_merged
 from equipoise.train.recipe import ModelConfig, Recipe
-from equipoise.train.recipe.stages import StageConfig, TrainingConfig
+from equipoise.train.recipe.stages import TrainingConfig
 from equipoise.train.stages.context import Progress, StageContext
 
 
@@ -84,7 +84,7 @@ def training_arguments(stage: TrainingConfig, recipe: Recipe, folder: Path, num_
 def train(
     trainer: Any,
     name: str,
-    stage: StageConfig,
+    stage: TrainingConfig,
     context: StageContext,
     load_state: Callable[[Mapping[str, Any]], None],
 ) -> None:
@@ -143,7 +143,7 @@ def resume_from(
     if checkpoint is None:
         return None
     try:
-        _check_belongs(checkpoint, num_steps, stage, context.recipe)
+        _check_belongs(checkpoint, num_steps, stage, context)
         load_state(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
     except ValueError as error:
         raise TrainingError(f"{checkpoint}: {error}; remove the folder to start the stage anew") from error
@@ -151,15 +151,15 @@ def resume_from(
     return checkpoint
 
 
-def _check_belongs(checkpoint: Path, num_steps: int, stage: TrainingConfig, recipe: Recipe) -> None:
+def _check_belongs(checkpoint: Path, num_steps: int, stage: TrainingConfig, context: StageContext) -> None:
     """Raise ValueError where the checkpoint is not this run's; what `resume.force` may change was looked at before."""
-    saved, mine = read_manifest(checkpoint), belongs_to(stage, recipe)
+    saved, recipe = read_manifest(checkpoint), recipe_digest(context.recipe)
+    if saved["recipe"] not in (recipe, *recipe_digests(context.run_dir)):
+        raise ValueError(f"it was saved by a run of another recipe ({saved['recipe']}, this one is {recipe})")
+    if saved["examples_per_step"] != (mine := examples_per_step(stage)):
+        raise ValueError(f"its steps have {saved['examples_per_step']} examples, those of this run {mine}")
     if step_of(checkpoint) > num_steps:
         raise ValueError(f"it stands behind step {step_of(checkpoint)}, and the stage has {num_steps} steps")
-    compared = ["examples_per_step"] if recipe.resume.force else [key for key in mine if key != "versions"]
-    for key in compared:
-        if saved.get(key) != mine[key]:
-            raise ValueError(f"it was saved with {key} {saved.get(key)!r}, this run has {mine[key]!r}")
 
 
 class ProgressCallback(TrainerCallback):

@@ -12,7 +12,7 @@ from torch import Tensor
 from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
-from equipoise.train.recipe import ModelConfig, Recipe, ResumeConfig
+from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import PreferenceStageConfig, StageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
@@ -142,7 +142,7 @@ TrainStage = Callable[..., Trained]
 def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainStage:
     """`train_stage(stage, run=..., runner=run_preference, model={...}, data=..., interrupt_at=step)`, fp32 with LoRA.
 
-    forced: with `resume.force`. What else is given goes into the stage's context (`unsafe_counts=...`).
+    What else is given goes into the stage's context (`unsafe_counts=...`).
     """
 
     def train(
@@ -152,7 +152,6 @@ def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainSt
         model: Mapping[str, Any] | None = None,
         data: SafetyData | None = None,
         interrupt_at: int | None = None,
-        forced: bool = False,
         **context_options: Any,
     ) -> Trained:
         config = ModelConfig(id=str(tiny_model_folder), **({"dtype": "float32"} | dict(model or {})))
@@ -167,9 +166,7 @@ def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainSt
             metrics.append({"step": step, **values})
 
         context = StageContext(
-            recipe=Recipe(
-                name="test", stages={"safe": stage}, model=config, resume=ResumeConfig(force=forced)
-            ),
+            recipe=Recipe(name="test", stages={"safe": stage}, model=config),
             data=data or _data(),
             run_dir=tmp_path / run,
             base_folder=str(tiny_model_folder),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from equipoise.train import claim as claim_module
-from equipoise.train.claim import LAUNCH_FILE, claimed, forced, recipe_digest
+from equipoise.train.claim import LAUNCH_FILE, claimed, forced, recipe_digest, recipe_digests
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.stages import PreferenceStageConfig
 
@@ -50,6 +50,7 @@ def test_the_folder_says_whose_it_is_and_how_it_was_launched(folder: Path, recip
     launched = json.loads((folder / LAUNCH_FILE).read_text())
     assert (launched["num_processes"], launched["engine"], launched["forced"]) == (1, "one process", [])
     assert launched["versions"].keys() >= {"equipoise", "torch"}
+    assert launched["recipes"] == [recipe_digest(recipe)]
     go_on(folder, recipe)
 
 
@@ -85,6 +86,7 @@ def test_what_is_sound_needs_force_and_is_remembered(
     assert (changed, now) == (dotted, value)
     assert then != now
     go_on(folder, recipe, **{key: value})  # the folder is now that recipe's
+    assert recipe_digests(folder)[0] == recipe_digest(recipe) != recipe_digests(folder)[1]
 
 
 @pytest.mark.parametrize(

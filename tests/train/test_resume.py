@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 from equipoise.train.checkpoints import MANIFEST, STATE_FILE, read_manifest
+from equipoise.train.claim import LAUNCH_FILE
 from equipoise.train.recipe import LoraConfig
 from equipoise.train.recipe.stages import (
     CategoryConfig,
@@ -95,6 +96,13 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
 
 
+def let_in(tmp_path: Path) -> None:
+    """As `resume.force` does: the folder has had this checkpoint's recipe, too."""
+    (checkpoint,) = list(checkpoints(tmp_path).values())[:1]
+    text = json.dumps({"recipes": [read_manifest(checkpoint)["recipe"]]})
+    (tmp_path / "interrupted" / LAUNCH_FILE).write_text(text)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "bit": (
         lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
@@ -155,19 +163,24 @@ def test_a_manifest_names_every_file_and_what_the_checkpoint_belongs_to(
     assert len(manifest["recipe"]) == 16
 
 
-def test_a_checkpoint_of_other_steps_is_refused(
+def test_a_checkpoint_of_another_run_is_refused(
     train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
 ) -> None:
-    """Whatever the folder says: the order of the data would not fit."""
+    """Whatever the folder says: with other steps the order of the data would not fit."""
     interrupt(train_stage, stage, step=3)
     with pytest.raises(
-        TrainingError, match=r"checkpoint-2: it was saved with examples_per_step 8, this run has 4;"
+        TrainingError, match=r"saved by a run of another recipe \(\w{16}, this one is \w{16}\); remove"
     ):
-        train_stage(replace(stage, gradient_accumulation_steps=1), run="interrupted", forced=True)
-    with pytest.raises(TrainingError, match="it stands behind step 2, and the stage has 1 steps"):
-        train_stage(replace(stage, num_steps=1), run="interrupted", forced=True)
-    with pytest.raises(TrainingError, match="it was saved with recipe '"):
         train_stage(replace(stage, learning_rate=1.0), run="interrupted")
+    changed = replace(stage, gradient_accumulation_steps=1)
+    let_in(tmp_path)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2: its steps have 8 examples, those of this run 4; remove"
+    ):
+        train_stage(changed, run="interrupted")
+    changed = replace(stage, num_steps=1)
+    with pytest.raises(TrainingError, match="it stands behind step 2, and the stage has 1 steps"):
+        train_stage(changed, run="interrupted")
 
 
 def test_more_steps_end_where_as_many_from_the_start_do(
@@ -178,18 +191,22 @@ def test_more_steps_end_where_as_many_from_the_start_do(
     whole = train_stage(long, run="whole")
     train_stage(short, run="interrupted")
     assert set(checkpoints(tmp_path)) == {"checkpoint-2", "checkpoint-3"}
-    resumed = train_stage(long, run="interrupted", forced=True)
+    let_in(tmp_path)
+    resumed = train_stage(long, run="interrupted")
     assert resumed.started_at == 3
     assert resumed.series("train/loss") == pytest.approx(whole.series("train/loss")[3:], abs=1e-5)
     for name, weight in whole.weights.items():
         torch.testing.assert_close(resumed.weights[name], weight, rtol=0, atol=1e-4)
 
 
-def test_the_same_step_in_smaller_batches_goes_on(train_stage: Any, stage: PreferenceStageConfig) -> None:
+def test_the_same_step_in_smaller_batches_goes_on(
+    train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
+) -> None:
     whole = train_stage(stage, run="whole")
     interrupt(train_stage, stage, step=3)
     smaller = replace(stage, per_device_batch_size=2, gradient_accumulation_steps=4)
-    resumed = train_stage(smaller, run="interrupted", forced=True)
+    let_in(tmp_path)
+    resumed = train_stage(smaller, run="interrupted")
     assert resumed.started_at == 2
     assert resumed.series("train/loss") == pytest.approx(whole.series("train/loss")[2:], abs=1e-5)
 
