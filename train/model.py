@@ -144,7 +144,8 @@ def save_merged(
 
     def write() -> None:
         policy, _ = load_policy(config, base_of(model).name_or_path)
-        with unsharded():
+        # A new adapter draws its first weights, on this rank alone: training's random numbers must not move.
+        with unsharded(), torch.random.fork_rng(devices=[]):
             whole: Any = policy
             if isinstance(model, PeftModel):
                 whole = PeftModel(policy, model.peft_config[model.active_adapter], model.active_adapter)

@@ -42,7 +42,9 @@ def test_a_policy_in_training_is_saved_merged_and_stays_as_it_is(
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     before = {name: parameter.clone() for name, parameter in training.named_parameters()}
+    random_state = torch.get_rng_state()
     save_merged(training, tokenizer, config, tmp_path / "step-2")
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(parameter, before[name]) for name, parameter in training.named_parameters())
     merged(copy.deepcopy(training)).save_pretrained(tmp_path / "expected")
     saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("step-2", "expected"))
