@@ -180,9 +180,9 @@ def _gathered(parameter: Tensor) -> Iterator[Tensor]:
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor()
     elif hasattr(parameter, "ds_id"):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter
     else:
         yield parameter
