@@ -74,7 +74,7 @@ class Gatekeeper:
     ) -> CategoryReport:
         """Report of one state under `eval/<label>/`, the same on all ranks; collective.
 
-        A report that is there already is read instead, if it is about the same weights and token bias.
+        A report that is there already is read instead, if it is about the same weights, token bias and engine.
         Raises EvaluationError where `gate.where` asks for a process of its own, and that gave no report.
         """
         context = self.context
@@ -286,9 +286,12 @@ def _existing(path: Path, job: EvaluationJob) -> CategoryReport | None:
     except ReportError:
         return None
     tsdi = None if job.tsdi is None else file_fingerprint(Path(job.tsdi) / TOKEN_BIAS_FILE)
-    weights = model_fingerprint(job.model.id, job.model.revision)
-    same = (report.engine.get("weights"), report.engine.get("tsdi")) == (weights, tsdi)
-    return report if same else None
+    asked = {
+        "engine": job.engine.name,
+        "weights": model_fingerprint(job.model.id, job.model.revision),
+        "tsdi": tsdi,
+    }
+    return report if all(report.engine.get(key) == value for key, value in asked.items()) else None
 
 
 def _write(report: CategoryReport, paths: Sequence[Path | None]) -> None:
