@@ -174,6 +174,8 @@ class SuiteConfig:
     """Your file or folder (jsonl, json, csv, parquet), or a local copy of the published set in its authors' columns."""
     mirror: str | None = None
     """A folder with copies of hub repositories, `<mirror>/<owner>/<name>/...`, to read instead of the hub."""
+    revision: str | None = None
+    """A published set on the hub: another commit, tag or branch of it; null: the one it is pinned to."""
     fields: dict[str, str] = field(default_factory=dict)
     """source=file: what id, prompt, context, category, response are called in your file."""
     taxonomy: str | None = None
@@ -212,6 +214,10 @@ class SuiteConfig:
             found["path"] = f"found {self.path!r}, which is no file and no folder"
         if self.mirror is not None and not Path(self.mirror).expanduser().is_dir():
             found["mirror"] = f"found {self.mirror!r}, which is no folder"
+        if self.revision is not None and (
+            self.path is not None or self.mirror is not None or self.source in ("samples", "file")
+        ):
+            found["revision"] = f"found {self.revision!r}, but nothing is read from the hub here"
         for name in self.fields:
             if name not in FIELDS:
                 found["fields"] = f"found {name!r}, possible: {', '.join(FIELDS)}"

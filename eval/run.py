@@ -138,7 +138,14 @@ class Evaluation:
     def _suite(self, name: str) -> Suite:
         keys = self.config.suite
         return load_suite(
-            name, keys.source, keys.path, keys.fields, keys.taxonomy, keys.mirror, self.config.limit
+            name,
+            keys.source,
+            keys.path,
+            keys.fields,
+            keys.taxonomy,
+            keys.mirror,
+            self.config.limit,
+            keys.revision,
         )
 
     def _engine(self, local: LocalModel | None) -> Engine:

@@ -49,7 +49,7 @@ SOURCES: dict[str, Source] = {
         paper="arXiv:2307.04657",
         num_prompts=700,
         faults=(
-            "the hub revision is a branch: the commit that was read is recorded, the next run may read another",
+            "no commit of it is pinned here: the one that was read is recorded, suite.revision=COMMIT reads it again",
             "not for commercial use",
         ),
     ),

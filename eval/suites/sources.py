@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ def load_suite(
     taxonomy: str | None = None,
     mirror: str | None = None,
     limit: int | None = None,
+    revision: str | None = None,
 ) -> Suite:
     """The prompts of `suite` out of `source`: `samples`, `file`, or a name in `SOURCES`.
 
     path: the user's file or folder, or a local copy of a published set with its authors' columns. fields: what a
     field is called in the user's file. taxonomy: the crosswalk of the user's categories. mirror: a folder with copies
-    of hub repositories. limit: at most so many prompts, drawn evenly over the categories.
+    of hub repositories. limit: at most so many prompts, drawn evenly over the categories. revision: of a set on the
+    hub, in place of the one it is pinned to.
 
     Raises `DataError` with every problem of a file, or where a set cannot be had.
     """
@@ -71,9 +74,10 @@ def load_suite(
             facts["path"] = path
         else:
             assert reader.hub is not None, "checked with the configuration"
-            exchanges = _from_hub(suite, source, reader, reader.hub, mirror, left_out)
-            facts["repository"] = reader.hub.repo
-            facts["revision"] = "local copy" if mirror is not None else commit_of(reader.hub)
+            hub = reader.hub if revision is None else replace(reader.hub, revision=revision)
+            exchanges = _from_hub(suite, source, reader, hub, mirror, left_out)
+            facts["repository"] = hub.repo
+            facts["revision"] = "local copy" if mirror is not None else commit_of(hub)
     asked = spread(exchanges, limit)
     facts |= {"num_prompts": len(asked), "num_available": len(exchanges), "left_out": dict(left_out)}
     return Suite(suite, asked, len(exchanges), facts)

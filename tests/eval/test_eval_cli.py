@@ -334,6 +334,10 @@ def test_win_rate_against_the_reference_answers(
         (["model=m", "judge=policy"], "judge.model: has to be given"),
         (["model=m", "baseline=/no/such"], "baseline: found '/no/such', which is no file"),
         (["model=m", "judge"], "'judge': expected key=value"),
+        (
+            ["model=m", "suite.revision=abc"],
+            "suite.revision: found 'abc', but nothing is read from the hub here",
+        ),
         (["model=m", "examples=some"], "examples: found 'some', possible: folded, none"),
         (
             ["model=m", "inspect_log=a.log"],

@@ -1,7 +1,9 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +12,9 @@ import pytest
 from equipoise.data.crosswalk import crosswalk_names
 from equipoise.data.errors import DataError
 from equipoise.data.schema import HELPFUL, Exchange
+from equipoise.data.sources.hub import HubSet
 from equipoise.data.taxonomy import load_taxonomy
+from equipoise.eval.suites import sources
 from equipoise.eval.suites.base import COMPLIANCE, HARMFUL, HELPFULNESS, LOOKALIKE, SUITES
 from equipoise.eval.suites.published import SOURCES
 from equipoise.eval.suites.sources import load_suite, spread
@@ -182,6 +186,22 @@ def test_a_mirror_of_the_hub_is_read(name: str, tmp_path: Path) -> None:
     assert suite.facts["revision"] == "local copy"
 
 
+def test_another_revision_is_read_and_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[HubSet] = []
+
+    def read_rows(hub: HubSet, mirror: str | None, num_rows: int | None) -> list[dict[str, Any]]:
+        read.append(hub)
+        return [dict(row) for row in UPSTREAM["beavertails_evaluation"][1]]
+
+    monkeypatch.setattr(sources, "read_rows", read_rows)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    suite = load_suite(HARMFUL, "beavertails_evaluation", revision=commit)
+    assert suite.facts["revision"] == commit
+    pinned = SOURCES["beavertails_evaluation"].hub
+    assert pinned is not None
+    assert read == [replace(pinned, revision=commit)]
+
+
 def test_the_table_is_sound() -> None:
     for source in SOURCES.values():
         assert set(source.suites) <= set(SUITES)
@@ -190,7 +210,9 @@ def test_the_table_is_sound() -> None:
         assert source.faults
         assert source.paper.startswith("arXiv:")
         if source.hub is not None and len(source.hub.revision) != 40:
-            assert any("branch" in fault for fault in source.faults), "an unpinned revision is a known fault"
+            assert any("no commit of it is pinned" in fault for fault in source.faults), (
+                "an unpinned revision is a known fault"
+            )
 
 
 def test_harmful_prompts_carry_their_context(tmp_path: Path) -> None:
