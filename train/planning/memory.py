@@ -13,7 +13,7 @@ hidden size H, attention size a (heads x head size) and inner size I, adapter ra
     gathered     what an engine holds whole for a while, see there; with NF4 a matrix at work in the compute dtype
     activations  w n L K, with K what a layer keeps of a token for the backward pass
                      LoRA       fp32   4 a +  4 H + 4 I +  7 r        bf16   4 a + 10 H + 4 I +  7 r
-                     LoRA, NF4  as LoRA in fp32, whatever the dtype: PEFT casts no input there
+                     LoRA over NF4 as LoRA
                      full       fp32   4 a +  6 H + 4 I               bf16   4 a +  8 H + 4 I
                  With gradient checkpointing: w n (L H + K), every layer's input and one layer recomputed.
                  On top, w n K for the gradients of the layer in work
@@ -190,7 +190,7 @@ class Training:
         if self.rank is None:
             hidden, rank = (8 if self.width == 2 else 6), 0
         else:
-            hidden, rank = (10 if self.width == 2 and not self.quantised else 4), 7 * self.rank
+            hidden, rank = (10 if self.width == 2 else 4), 7 * self.rank
         return 4 * size.attention_size + hidden * size.hidden_size + 4 * size.inner_size + rank
 
     def activations(self, num_tokens: int) -> float:

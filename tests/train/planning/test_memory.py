@@ -1,4 +1,5 @@
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from equipoise.train.model import quantization_config
 from equipoise.train.planning.memory import Memory, ModelSize, Training
 from equipoise.train.recipe import LoraConfig as RecipeLora
 from equipoise.train.recipe import ModelConfig
@@ -23,10 +25,22 @@ def setup(size: ModelSize, lora: bool = True, dtype: str = "bfloat16", **keys: A
     return Training.of(ModelConfig(dtype=dtype, lora=RecipeLora(enabled=lora, r=16), **keys), size)
 
 
-def kept_bytes(num_layers: int, dtype: torch.dtype, rank: int | None, checkpointing: bool) -> int:
+def kept_bytes(
+    num_layers: int,
+    dtype: torch.dtype,
+    rank: int | None,
+    checkpointing: bool,
+    four_bits_in: Path | None = None,
+) -> int:
     """Bytes that autograd keeps of a forward pass over 2 x 32 tokens, parameters not counted."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(llama(num_layers)).to(dtype)
+    if four_bits_in is not None:
+        model.save_pretrained(four_bits_in / str(num_layers))
+        config = quantization_config(ModelConfig(dtype=str(dtype).removeprefix("torch."), quantization="nf4"))
+        model = LlamaForCausalLM.from_pretrained(
+            four_bits_in / str(num_layers), quantization_config=config, dtype=dtype
+        )
     if rank is not None:
         config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
@@ -74,6 +88,17 @@ def test_what_a_layer_keeps(dtype: str, rank: int | None, checkpointing: bool) -
     assert counted == pytest.approx(
         2 * 64 * width * a_layer + copies, rel=0.03
     )  # two of three layers, 64 tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_layer_keeps_over_four_bits(dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra equipoise[quantization] is not installed")
+    width = 2 if dtype == "bfloat16" else 4
+    counted = kept_bytes(3, getattr(torch, dtype), 8, False, tmp_path)
+    counted -= kept_bytes(1, getattr(torch, dtype), 8, False, tmp_path)
+    training = Training(ModelSize.of(llama(3), 0), width, 8, False, frozen_copy=False, quantised=True)
+    copies = 0 if width == 4 else 2 * training.size.adapter_parameters(8) * 2 / 3
+    assert counted == pytest.approx(2 * 64 * width * training.kept_a_layer() + copies, rel=0.03)
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:
