@@ -131,12 +131,13 @@ class TrackingConfig:
     mode: str = "auto"
     """wandb: auto ($WANDB_MODE, else online with a key, else offline) | online | offline."""
     log_model: str = "reference"
-    """wandb, trackio: what of a promoted model is kept as an artifact: reference (paths, sizes, hashes) | upload (its files
-    too) | none."""
+    """wandb, trackio: what of a promoted model is kept as an artifact: reference (paths, sizes, hashes) | upload (also
+    its files) | none."""
     init_timeout: float = 30.0
     """wandb: seconds to wait for the server when the run starts; it goes on offline then."""
-    finish_timeout: float = 300.0
-    """wandb: seconds to wait for what is still to be sent when the run ends; `wandb sync` sends the rest."""
+    finish_timeout: float = 60.0
+    """wandb: seconds to send what is left when the run ends; `wandb sync` sends the rest. On a cluster that preempts it
+    belongs below the grace period."""
 
 
 @dataclass

@@ -17,7 +17,10 @@ def _walk(value: Any, path: str, secrets: list[str], problems: Problems) -> None
     if isinstance(value, Mapping):
         for key, item in value.items():
             _walk(item, f"{path}.{key}".lstrip("."), secrets, problems)
-    elif without_secrets(value, secrets) != value:
+    elif isinstance(value, list):
+        for item in value:
+            _walk(item, path, secrets, problems)
+    elif isinstance(value, str) and without_secrets(value, secrets) != value:
         problems.add(
             without_secrets(path, secrets),
             "holds a key, token or password, and recipe.yaml, logs and reports would show it. Leave it out, and keep it in "

@@ -6,6 +6,7 @@ back goes up later with `wandb sync FOLDER`.
 
 import netrc
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 from equipoise.eval.report.tables import Table
 from equipoise.eval.terminal import say
+from equipoise.train.preemption import REQUEUE
 from equipoise.train.redaction import secret_values, without_secrets
 from equipoise.train.tracking.dashboard import EVALUATIONS, Run, axis_name
 
@@ -73,6 +75,8 @@ class WeightsAndBiases:
 
     def finish(self, exit_code: int, summary: Mapping[str, Any]) -> None:
         """See `Dashboard`."""
+        if exit_code == REQUEUE:
+            self._run.mark_preempting()  # or it is shown as failed until it goes on
         self._run.summary.update(summary)
         evidence = [path for name in EVIDENCE if (path := self._run_info.folder / name).exists()]
         if summary and evidence:
@@ -100,6 +104,7 @@ class WeightsAndBiases:
             finish_timeout=config.finish_timeout,
             finish_timeout_raises=True,
         )
+        before = set(run.folder.glob("wandb/run-*"))
         try:
             started = self._module.init(
                 project=config.project,
@@ -123,6 +128,8 @@ class WeightsAndBiases:
                 stacklevel=2,
             )
             self._module.teardown()  # its process still holds the run's id
+            for attempt in set(run.folder.glob("wandb/run-*")) - before:
+                shutil.rmtree(attempt)  # it has no values, and a log of what the server said
             return self._started("offline")
         say(f"Weights & Biases: {started.url if mode == 'online' else f'{mode}, in {started.dir}'}")
         return started

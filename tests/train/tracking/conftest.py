@@ -53,13 +53,18 @@ def _report(unsafe: Mapping[str, int], state: str) -> CategoryReport:
     return CategoryReport(state, "tiny", {"name": "rule", "stand_in": True}, {}, tuple(samples))
 
 
-@pytest.fixture(scope="session")
-def contents() -> tuple[ReportContent, ReportContent]:
+def make_contents() -> tuple[ReportContent, ReportContent]:
     """Evaluations of the starting model and of an aligned one: ten prompts of S1 and of S2."""
     base, aligned = _report({"S1": 9, "S2": 8}, "base"), _report({"S1": 1, "S2": 2}, "aligned")
     return ReportContent("base-0", {"base": base}), ReportContent(
         "safe-3", {"base": base, "aligned": aligned}
     )
+
+
+@pytest.fixture(scope="session")
+def contents() -> tuple[ReportContent, ReportContent]:
+    """See `make_contents`."""
+    return make_contents()
 
 
 class Recorder:

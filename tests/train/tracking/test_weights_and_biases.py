@@ -35,6 +35,7 @@ class FakeRun:
         self.artifacts: list[tuple[FakeArtifact, Any]] = []
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
+        self.preempting = False
 
     def define_metric(self, name: str, step_metric: str) -> None:
         self.metrics.append((name, step_metric))
@@ -44,6 +45,9 @@ class FakeRun:
 
     def log_artifact(self, artifact: FakeArtifact, aliases: Any) -> None:
         self.artifacts.append((artifact, aliases))
+
+    def mark_preempting(self) -> None:
+        self.preempting = True
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -189,6 +193,12 @@ def test_the_end_keeps_verdicts_and_recipe(tmp_path: Path, fake: SimpleNamespace
         ("file", "summary.json"),
     ]  # the report has prompts and answers
     assert (fake.run.summary, fake.run.exit_code) == ({"verdict": "FAIL"}, 3)
+
+
+@pytest.mark.parametrize("exit_code", [0, 1, 75])
+def test_a_preempted_run_is_no_failed_one(exit_code: int, tmp_path: Path, fake: SimpleNamespace) -> None:
+    WeightsAndBiases(run(tmp_path)).finish(exit_code, {})
+    assert fake.run.preempting == (exit_code == 75)
 
 
 def test_a_run_that_crashed_keeps_no_verdict(tmp_path: Path, fake: SimpleNamespace) -> None:

@@ -13,6 +13,8 @@ class WandbServer:
 
     def __init__(self, mode: str = "healthy") -> None:
         self.mode = mode
+        self.failure: dict[str, str] = {}
+        """What a failing server answers."""
         self.requests: list[tuple[str, str]] = []
         """(path, body) of what was answered."""
         self._over = threading.Event()
@@ -79,7 +81,7 @@ class WandbServer:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 well = server.wait(server.mode)
-                answer = json.dumps(server.answer(self.path, body) if well else {}).encode()
+                answer = json.dumps(server.answer(self.path, body) if well else server.failure).encode()
                 self.send_response(200 if well else 500)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(answer)))
