@@ -9,6 +9,7 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import encode_turns
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
 from equipoise.eval.scorer import Scorer, cut_behind_end, score_rows
+from equipoise.train.model import unsharded
 from equipoise.train.rewards.verifiable import Reward, completion_text
 
 _SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0}
@@ -42,7 +43,10 @@ class JudgeVerdict:
             for i, (text, name) in enumerate(zip(texts, category, strict=True))
             if name in self.judged and text.strip()
         ]
-        judgements = self.judge.judge([prompts[i] for i in asked], [texts[i] for i in asked]) if asked else []
+        with unsharded():  # the judge is loaded when it is first asked, and every rank has answers of its own
+            judgements = (
+                self.judge.judge([prompts[i] for i in asked], [texts[i] for i in asked]) if asked else []
+            )
         for i, judgement in zip(asked, judgements, strict=True):
             rewards[i] = _reward(judgement, category[i])
         return rewards

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,20 @@ def test_a_verdict_is_a_reward_and_refusing_helpful_requests_does_not_pay() -> N
     found = reward(prompts=[PROMPT] * 10, completions=answers, category=category)
     assert found == [1, 0, -1, None, -1, -1, 1, None, -1, None]
     assert judge.seen == ["safe", "controversial", "unsafe", "unparsed", "safe refuse", "unsafe", "safe ?"]
+
+
+def test_a_judge_is_asked_as_if_no_engine_sharded_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lazy(Scripted):
+        """Loads a model when it is first asked, as the embedded one does."""
+
+        def judge(self, *arguments: Any, **options: Any) -> list[Judgement]:
+            assert "ACCELERATE_USE_FSDP" not in os.environ
+            return super().judge(*arguments, **options)
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    reward = JudgeVerdict(Lazy(), ["S1"])
+    assert reward(prompts=[PROMPT], completions=["safe"], category=["S1"]) == [1]
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
 def test_a_batch_without_anything_to_judge_asks_nobody() -> None:
