@@ -134,7 +134,7 @@ def _split(name: str, stage: StageConfig, size: int | None) -> list[str]:
 def _methods(training: Training) -> Iterator[_Method]:
     """What was asked for, LoRA where it was not, NF4 where it was not."""
     yield _Method(training, (), 0)
-    lora, changes = training, ()
+    lora, changes = training, tuple[str, ...]()
     if training.rank is None:
         lora = replace(training, rank=LoraConfig.r, frozen_copy=False)
         changes = ("model.lora.enabled=true",)

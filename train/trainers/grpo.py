@@ -316,7 +316,8 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         return [{"id": f"answer {slot}", **found[slot]} for slot in slots]
 
     def _texts(self) -> dict[int, dict[str, str]]:
-        decode, texts = self._tokenizer.decode, {}
+        decode = self._tokenizer.decode
+        texts: dict[int, dict[str, str]] = {}
         for batch in self._batches:
             parts = [batch["answer_slot"].tolist()]
             for name in ("prompt", "completion"):
