@@ -6,6 +6,7 @@ or evaluating it takes longer. The others wait in a group of their own that has 
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -55,9 +56,11 @@ def from_first(make: Callable[[], T]) -> T:
             outcome, raised = _Outcome(preempted=True), preempted
         except Exception as error:  # whatever it is: the others would wait for ever
             outcome, raised = _Outcome(error=f"{type(error).__name__}: {error}"), error
-    outcome = _told(outcome)
     if raised is not None:
+        with suppress(RuntimeError):  # the others may be gone already: a signal to end goes to all of them
+            _told(outcome)
         raise raised
+    outcome = _told(outcome)
     if outcome.preempted:
         raise Preempted
     if outcome.error is not None:
