@@ -2,7 +2,7 @@
 
 import sys
 
-from equipoise.train.cli import main
+from equipoise.train.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -33,6 +33,41 @@ def test_keys_of_the_deepspeed_section(name: str) -> None:
     assert set(read(f"accelerate/{name}.yaml")["deepspeed_config"]) <= known
 
 
+def launched(name: str) -> Any:
+    """The arguments that `accelerate launch` makes of a file."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = RECIPES / "accelerate" / f"{name}.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    return _validate_launch_command(arguments)[0]
+
+
+def test_what_a_launch_tells_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through these variables: what accelerate's plug-ins make of them is what the file says."""
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    with monkeypatch.context() as patch:
+        told = prepare_multi_gpu_env(launched("fsdp2"))
+        for key, value in told.items():
+            patch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert told["ACCELERATE_USE_FSDP"] == "true"
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward is True
+        assert plugin.cpu_ram_efficient_loading is True
+    for name, stage in (("zero2", 2), ("zero3", 3)):
+        with monkeypatch.context() as patch:
+            arguments = launched(name)
+            # As `launch_command` does: these variables, not a DeepSpeed file of one's own.
+            fields = read(f"accelerate/{name}.yaml")["deepspeed_config"]
+            arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+            _, told = prepare_deepspeed_cmd_env(arguments)
+            for key, value in told.items():
+                patch.setenv(key, value)
+            assert DeepSpeedPlugin().zero_stage == stage
+
+
 def test_submitit_takes_the_cluster_file() -> None:
     submitit = pytest.importorskip("submitit")
     from submitit.auto.auto import AutoExecutor

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from equipoise.data.errors import EquipoiseError
+from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.train.preemption import REQUEUE, Preempted, handled
 from equipoise.train.recipe import RecipeError
 from equipoise.train.recipe.checks import near_misses
@@ -29,19 +30,29 @@ from equipoise.train.redaction import secret_values, without_secrets
 CRASH, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 EXIT_CODE_FILE = "EQUIPOISE_EXIT_CODE_FILE"
-"""Environment variable: rank 0 writes its exit code there, because `accelerate launch` turns every one into 1."""
+"""Environment variable: where rank 0, or a rank that fails, writes its exit code; a launcher turns every one into 1."""
+
+_ALIKE_ON_ALL = (RecipeError, DataError)
+"""What every rank finds for itself: the first says it."""
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo says of a rank that has ended."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; returns the exit code."""
-    first = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    first = rank == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    speaker = "equipoise" if first else f"equipoise, rank {rank}"
+    consequence = False  # of another rank's end
     try:
         with handled():
             code = _run(arguments)
     except EquipoiseError as error:
         code = USER_ERROR
-        if first:
-            print(f"equipoise: {without_secrets(str(error), secret_values())}", file=sys.stderr)
+        consequence = type(error).__name__ == "FirstRankError"  # the first has said what it was
+        if first or not (consequence or isinstance(error, _ALIKE_ON_ALL)):
+            print(f"{speaker}: {without_secrets(str(error), secret_values())}", file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED
         if first:
@@ -54,12 +65,44 @@ def main(arguments: Sequence[str]) -> int:
             )
     except SystemExit as exit:  # argparse, about an option that is none
         code = exit.code if isinstance(exit.code, int) else USER_ERROR
-    except Exception:  # every rank prints: the one that crashed may not be the first
+    except Exception as error:  # every rank prints: the one that crashed may not be the first
         code = CRASH
-        print(without_secrets(traceback.format_exc(), secret_values()), end="", file=sys.stderr)
-    if first and (file := os.environ.get(EXIT_CODE_FILE)):
-        Path(file).write_text(f"{code}\n", encoding="utf-8")
+        consequence = not alone and any(said in str(error) for said in _GONE)
+        if consequence:
+            print(f"{speaker}: another rank is gone; what ended it stands in its own lines", file=sys.stderr)
+        else:
+            text = without_secrets(traceback.format_exc(), secret_values())
+            print(text if alone else f"{speaker} crashed:\n{text}", end="", file=sys.stderr)
+    if file := os.environ.get(EXIT_CODE_FILE):
+        _tell(Path(file), code, first, consequence)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. Where a rank has failed among others it ends at once: torch's tidying up may wait for them."""
+    if code in (CRASH, USER_ERROR) and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _tell(file: Path, code: int, first: bool, consequence: bool) -> None:
+    """Write the run's exit code: rank 0's, unless another rank's failure is why it ends.
+
+    A launcher sends SIGTERM to the ranks that are left; without this the run would seem preempted, and start again.
+    """
+    failed = code in (CRASH, USER_ERROR)
+    if not first and (not failed or consequence):
+        return
+    if (
+        first
+        and (consequence or code == REQUEUE)
+        and file.exists()
+        and file.read_text(encoding="utf-8").strip()
+    ):
+        return
+    file.write_text(f"{code}\n", encoding="utf-8")
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -39,6 +39,7 @@ from equipoise.train.planning.dry_run import plan
 from equipoise.train.planning.phase_memory import highest_resident_set
 from equipoise.train.precision import agree_on_precision
 from equipoise.train.preemption import REQUEUE, Preempted
+from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.data_checks import check_data
 from equipoise.train.recipe.rl import GRPOStageConfig, SafeRLHFStageConfig
@@ -72,7 +73,7 @@ def run(recipe: Recipe) -> int:
     """
     _quiet_libraries()
     _use_all_cores()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
     if recipe.model.dtype == "native":
         recipe = replace(recipe, model=replace(recipe.model, dtype=native_dtype()))
@@ -81,7 +82,7 @@ def run(recipe: Recipe) -> int:
     say(f"data: {data.summary()}")
     check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
-    base_folder = _base_folder(recipe, state)
+    base_folder = _base_folder(recipe)
     check_launch(recipe)
     check_given_scorers(recipe, base_folder)
     if recipe.dry_run:
@@ -302,10 +303,10 @@ def _data_helpers(recipe: Recipe) -> Helpers:
     return Helpers(p_safe, categories)
 
 
-def _base_folder(recipe: Recipe, state: PartialState) -> str:
-    """Resolve the starting model once: rank 0 converts or fetches, the others find it done."""
-    with state.main_process_first():
-        return resolve_model(recipe.model.id, recipe.model.revision, notify=say)
+def _base_folder(recipe: Recipe) -> str:
+    """Resolve the starting model once: rank 0 converts or fetches, however long it takes; the others find it done."""
+    from_first(lambda: resolve_model(recipe.model.id, recipe.model.revision, notify=say))
+    return resolve_model(recipe.model.id, recipe.model.revision, notify=say)
 
 
 def _finish(

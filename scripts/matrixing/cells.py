@@ -20,7 +20,7 @@ class Trainer:
     """Its stage in the recipe."""
     overrides: Sequence[str]
     scorers: bool = False
-    """Takes the scorers that the reward and the cost model's cell of one process left."""
+    """Takes the scorers that `tiny.py` wrote."""
     judged: bool = False
     """What the whole pass leaves is evaluated and gated."""
 
@@ -64,6 +64,15 @@ TRAINERS: dict[str, Trainer] = {
             ),
         ],
         judged=True,
+    ),
+    "preference_full": Trainer(
+        "safe",
+        [
+            "recipe=dpo",
+            "model.lora.enabled=false",
+            *_stage("safe", None, "num_epochs=1.5", "evaluate=false", "learning_rate=1e-3"),
+            "stages.safe.kl={coef: 0.1, estimator: k3}",
+        ],
     ),
     "kto": Trainer(
         "safe",
@@ -153,7 +162,7 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def overrides(trainer: Trainer, engine: Engine, inputs: Path, scorers: Mapping[str, str]) -> list[str]:
+def overrides(trainer: Trainer, engine: Engine, inputs: Path) -> list[str]:
     """The command line of a cell, without name and output folder; inputs: what `tiny.py` wrote."""
     found = [
         *trainer.overrides,
@@ -169,4 +178,5 @@ def overrides(trainer: Trainer, engine: Engine, inputs: Path, scorers: Mapping[s
         "evaluation.baseline=false",
         "evaluation.max_new_tokens=4",
     ]
-    return [*found, *(f"stages.{trainer.stage}.{kind}_model={folder}" for kind, folder in scorers.items())]
+    scorers = ("reward", "cost") if trainer.scorers else ()
+    return [*found, *(f"stages.{trainer.stage}.{kind}_model={inputs / kind}" for kind in scorers)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from matrixing.cells import ENGINES, ONE, TRAINERS
 from matrixing.comparing import TOLERANCE, compare
-from matrixing.running import needed_first, prepare, run_cell
+from matrixing.running import prepare, run_cell
 
 Cell = tuple[str, str]
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "trl", "peft")
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         folder = (options.out or Path(own)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder)
-        first = sorted({needed for cell in cells for needed in needed_first(cell)} - set(cells))
-        results = run_all(folder, [*first, *cells], options.jobs, options.limit)
+        with_one = list(dict.fromkeys([*((trainer, ONE) for trainer, _ in cells), *cells]))
+        results = run_all(folder, with_one, options.jobs, options.limit)
         found = {cell: judged(folder, cell, results) for cell in cells}
     print(table(found))
     if options.json:
@@ -81,7 +81,7 @@ def chosen(names: Sequence[str]) -> list[Cell]:
 def run_all(
     folder: Path, cells: Iterable[Cell], num_jobs: int, limit_seconds: float
 ) -> dict[Cell, dict[str, Any]]:
-    """Run the cells: those that others need first, then the rest; one that fails is recorded, the others go on."""
+    """Run the cells, those of one process first; one that fails is recorded, and the others go on."""
     results: dict[Cell, dict[str, Any]] = {}
 
     def one(cell: Cell) -> None:
@@ -91,24 +91,16 @@ def run_all(
             f"{':'.join(cell)}: {done['error'] or 'ran'}, {done['seconds']:g} s", file=sys.stderr, flush=True
         )
 
-    def stage(cell: Cell) -> int:
-        return 0 if cell[1] == ONE and not needed_first(cell) else 1 if cell[1] == ONE else 2
-
-    waiting = list(cells)
-    for number in range(3):
-        with ThreadPoolExecutor(num_jobs) as pool:
-            list(pool.map(one, [cell for cell in waiting if stage(cell) == number]))
+    with ThreadPoolExecutor(num_jobs) as pool:
+        list(pool.map(one, sorted(cells, key=lambda cell: cell[1] != ONE)))
     return results
 
 
 def judged(folder: Path, cell: Cell, results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
     """A cell's figures: how it ran, and where it ran, how it compares."""
     result = dict(results[cell])
-    broken = [
-        f"{':'.join(needed)} failed" for needed in needed_first(cell) if results[needed]["exit_code"] != 0
-    ]
-    if result["exit_code"] != 0 or broken:
-        return result | {"passed": False, "error": result["error"] or broken[0]}
+    if result["exit_code"] != 0 or results[cell[0], ONE]["exit_code"] != 0:
+        return result | {"passed": False, "error": result["error"] or f"{cell[0]}:{ONE} failed"}
     return result | compare(folder, cell)
 
 

@@ -13,28 +13,21 @@ from typing import Any
 
 import psutil
 from matrixing import tiny
-from matrixing.cells import ENGINES, ONE, TRAINERS, overrides
+from matrixing.cells import ENGINES, TRAINERS, overrides
 
 RESULT = "result.json"
 """In a cell's folder, written last: what its processes came to."""
 _NUM_TAIL_LINES = 15
-_SCORERS = {"reward": "reward_model", "cost": "cost_model"}
-"""Kind -> the trainer whose cell of one process leaves it."""
-
-
-def needed_first(cell: tuple[str, str]) -> list[tuple[str, str]]:
-    """The cells that `cell` is compared with or takes scorers from."""
-    trainer, engine = cell
-    found = [(of, ONE) for of in _SCORERS.values() if TRAINERS[trainer].scorers]
-    return found if engine == ONE else [*found, (trainer, ONE)]
 
 
 def prepare(folder: Path) -> None:
-    """The model and the pairs that all cells take."""
+    """The model, the scorers and the pairs that all cells take."""
     inputs = folder / "inputs"
     if not (inputs / "pairs.jsonl").exists():
         tiny.write_model(inputs / "model")
-        tiny.write_pairs(inputs / "pairs.jsonl")
+        for seed, kind in enumerate(("reward", "cost")):
+            tiny.write_scorer(inputs / "model", inputs / kind, kind, seed)
+        tiny.write_pairs(inputs / "pairs.jsonl")  # last: the folder is whole
 
 
 def run_cell(folder: Path, cell: tuple[str, str], limit_seconds: float) -> dict[str, Any]:
@@ -46,12 +39,9 @@ def run_cell(folder: Path, cell: tuple[str, str], limit_seconds: float) -> dict[
         return found
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    scorers = {}
-    if trainer.scorers:
-        scorers = {kind: str(_scorer(folder, kind)) for kind in _SCORERS}
     job = {
         "folder": str(target),
-        "overrides": overrides(trainer, engine, folder / "inputs", scorers),
+        "overrides": overrides(trainer, engine, folder / "inputs"),
         "judged": f"stages.{trainer.stage}.evaluate" if trainer.judged else None,
         "fsdp_on_cpu": engine.fsdp_on_cpu,
     }
@@ -69,11 +59,6 @@ def run_cell(folder: Path, cell: tuple[str, str], limit_seconds: float) -> dict[
     }
     (target / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-def _scorer(folder: Path, kind: str) -> Path:
-    of = TRAINERS[_SCORERS[kind]]
-    return folder / _SCORERS[kind] / ONE / "whole" / "seed0" / "stages" / of.stage / "scorer"
 
 
 def _run(command: list[str], variables: Mapping[str, str], log: Path, limit_seconds: float) -> int | None:

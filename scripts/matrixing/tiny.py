@@ -1,11 +1,18 @@
-"""What the cells train: a random Llama of 30,000 parameters, a byte-level tokenizer, and made-up pairs."""
+"""What the cells train: a random Llama of 30,000 parameters, a byte-level tokenizer, made-up pairs, random scorers."""
 
 import json
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer_card import ScorerCard
+from equipoise.train.model import load_policy, peft_config
+from equipoise.train.recipe import ModelConfig
+from equipoise.train.scorer import save_scorer
 
 CATEGORIES = ("S1", "S2", "S10", "helpful")
 PAIRS_A_CATEGORY = (5, 7, 3, 4)
@@ -65,3 +72,16 @@ def write_pairs(path: Path) -> None:
                 }
             )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_scorer(model_folder: Path, folder: Path, kind: str, seed: int) -> None:
+    """A random adapter and head on the model: scores that differ from answer to answer."""
+    torch.manual_seed(seed)
+    config = ModelConfig(id=str(model_folder), dtype="float32")
+    model, tokenizer = load_policy(config, str(model_folder))
+    scorer = Scorer(get_peft_model(model, peft_config(config)))
+    with torch.no_grad():
+        for name, parameter in scorer.named_parameters():
+            if "lora_B" in name or name == "score_head.weight":
+                torch.nn.init.normal_(parameter, std=0.1)
+    save_scorer(scorer, tokenizer, folder, ScorerCard(kind, backbone=str(model_folder)))

@@ -1,14 +1,18 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from equipoise.data.errors import DataError
+from equipoise.data.errors import DataError, EquipoiseError
 from equipoise.train import cli
-from equipoise.train.recipe import Recipe
+from equipoise.train.preemption import Preempted
+from equipoise.train.ranks import FirstRankError
+from equipoise.train.recipe import Recipe, RecipeError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
@@ -18,6 +22,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yam
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One rank, in an empty folder, with Hydra's variable as a shell has it."""
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.delenv(cli.EXIT_CODE_FILE, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -189,3 +194,62 @@ def test_a_mistake_is_found_without_importing_torch(command: list[str], tmp_path
     assert "omegaconf" in imported
     assert not imported & {"torch", "transformers"}
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- one rank among several -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int, BaseException], int]:
+    """`ends(rank, error)`: the exit code of one of two ranks whose run raises; codes are written to `code`."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(cli.EXIT_CODE_FILE, str(tmp_path / "code"))
+
+    def end(rank: int, error: BaseException) -> int:
+        def run(recipe: Recipe) -> int:
+            raise error
+
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr("equipoise.train.run.run", run)
+        return cli.main(["recipe=tsdi"])
+
+    return end
+
+
+def test_a_rank_says_what_it_alone_has_met(ends: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(1, EquipoiseError("the disk is full")) == cli.USER_ERROR
+    assert capsys.readouterr().err == "equipoise, rank 1: the disk is full\n"
+    assert ends(1, ZeroDivisionError()) == cli.CRASH
+    assert capsys.readouterr().err.startswith("equipoise, rank 1 crashed:\nTraceback")
+    for of_all in (
+        DataError("no such file"),
+        RecipeError("no such key"),
+        FirstRankError("the first rank failed"),
+    ):
+        assert ends(1, of_all) == cli.USER_ERROR
+        assert capsys.readouterr().err == ""
+
+
+def test_what_a_rank_meets_because_another_is_gone(ends: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1")
+    assert ends(0, gone) == cli.CRASH
+    assert capsys.readouterr().err == (
+        "equipoise: another rank is gone; what ended it stands in its own lines\n"
+    )
+
+
+@pytest.mark.parametrize("consequence", [Preempted(), RuntimeError("Connection reset by peer")])
+def test_a_rank_that_failed_decides_the_exit_code(
+    consequence: BaseException, ends: Any, tmp_path: Path
+) -> None:
+    """The launcher tells the others to end, and a run that seems preempted would be queued again."""
+    ends(1, EquipoiseError("the disk is full"))
+    ends(0, consequence)
+    assert (tmp_path / "code").read_text() == "2\n"
+
+
+def test_ranks_that_are_all_told_to_end_are_preempted(ends: Any, tmp_path: Path) -> None:
+    ends(1, Preempted())
+    assert not (tmp_path / "code").exists()
+    ends(0, Preempted())
+    assert (tmp_path / "code").read_text() == "75\n"

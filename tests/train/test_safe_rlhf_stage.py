@@ -32,7 +32,7 @@ from equipoise.train.recipe.stages import (
     StageConfig,
 )
 from equipoise.train.scorer import save_scorer
-from equipoise.train.stages.safe_rlhf import check_given_scorers, run_safe_rlhf
+from equipoise.train.stages.safe_rlhf import check_given_scorers, check_launch, run_safe_rlhf
 from equipoise.train.training import STATE_FILE, TrainingError
 
 ROOT = Path(__file__).parents[2]
@@ -295,6 +295,17 @@ def test_shared_needs_adapters() -> None:
     assert "no adapters to share a backbone" in found["stages.rl.layout"]
     found = problems_of(chain(), model=ModelConfig(reference="frozen_copy"))
     assert "the reference is the bare backbone" in found["model.reference"]
+
+
+def test_whole_models_cannot_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = ModelConfig(dtype="float32", lora=LoraConfig(enabled=False))
+    check_launch(Recipe(name="made", stages=chain(layout="separate"), model=full))
+    monkeypatch.setattr("equipoise.train.stages.safe_rlhf.shards_parameters", lambda accelerator: True)
+    check_launch(Recipe(name="made", stages=chain(), model=ModelConfig(dtype="float32")))
+    with pytest.raises(
+        RecipeError, match=r"stages\.rl: found model\.lora\.enabled=false .* shards parameters"
+    ):
+        check_launch(Recipe(name="made", stages=chain(layout="separate"), model=full))
 
 
 def test_what_the_data_cannot_serve(make_data: Any) -> None:

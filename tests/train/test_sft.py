@@ -24,7 +24,7 @@ from equipoise.train.stages.sft import run_sft, safe_choices
 from equipoise.train.trainers import sft as sft_trainer
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
-from equipoise.train.training import STATE_FILE, TrainingError
+from equipoise.train.training import STATE_FILE
 
 CATEGORIES = ("S1", "S2", "S10", HELPFUL)
 FULL = {"lora": LoraConfig(enabled=False)}

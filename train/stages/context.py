@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from equipoise.data.sources import SafetyData
 from equipoise.eval.generation.tsdi import TokenBias

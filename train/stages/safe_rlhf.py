@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -114,7 +114,10 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     # A stage before this one may have left another precision behind; transformers' Trainer resets it the same way.
     AcceleratorState._reset_state()
     PartialState(cpu=not torch.cuda.is_available())
-    return Accelerator(mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no")
+    return Accelerator(
+        mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or it reads `auto` of a DeepSpeed file
+    )
 
 
 def check_launch(recipe: Recipe) -> None:

@@ -47,3 +47,15 @@ def test_a_phase_inside_another_hides_nothing_from_it() -> None:
             torch.ones(32 * 2**20).sum()  # 128 MiB inside
     assert memory.peaks["whole"] - inner.peaks["part"] > 100 * 2**20
     assert phase_memory.highest_resident_set() >= max(before, memory.peaks["whole"])
+
+
+@pytest.mark.skipif(
+    not phase_memory._can_reset(), reason="this system does not tell a process its peak memory"
+)
+def test_phases_of_the_same_peak_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phase_memory, "_resident_peak", lambda: 7)
+    memory = PhaseMemory(CPU)
+    with memory.measured("whole"), memory.measured("part"):
+        pass
+    assert memory.peaks == {"whole": 7, "part": 7}
+    assert phase_memory._running == []

@@ -17,7 +17,6 @@ from equipoise.train.recipe.stages import (
     KLConfig,
     MarginConfig,
     MultiplierConfig,
-    PreferenceStageConfig,
     TokenBiasPenaltyConfig,
     WeightConfig,
 )
@@ -25,7 +24,6 @@ from equipoise.train.stages.log_ratios import draw
 from equipoise.train.stages.preference import select_pairs
 from equipoise.train.trainers import preference as preference_trainer
 from equipoise.train.trainers.preference import PreferenceTrainer
-from equipoise.train.training import TrainingError
 
 FULL = {"lora": LoraConfig(enabled=False)}
 EVERYTHING = {

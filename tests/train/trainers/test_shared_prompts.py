@@ -1,8 +1,9 @@
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList
 
 from equipoise.train.trainers.completion_head import add_completion_head
+from equipoise.train.trainers.rollout import GumbelSampling
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 
 # Two prompts, padded on the left, and their answers, padded on the right; the last answer is masked out.
@@ -76,3 +77,18 @@ def test_sampling_from_one_cache_a_prompt_is_sampling_from_the_prompts(tiny_mode
     assert len({tuple(row) for row in shared.tolist()}) == 5
     one = sample_shared(tiny_model, [[40], [40]], config)  # nothing to keep of a prompt of one token
     assert one.shape == (2, 6)
+
+
+def test_every_answer_has_noise_of_its_own(tiny_model: LlamaForCausalLM) -> None:
+    """What two ranks sample of four answers is what one process samples, whatever else stands in the batch."""
+    prompts = [[40, 41], [40, 41], [50, 51, 52], [50, 51, 52]]
+    config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=[2], do_sample=False)
+
+    def sampled(rows: list[int]) -> list[list[int]]:
+        noise = GumbelSampling(7, rows, torch.device("cpu"))
+        options = {"logits_processor": LogitsProcessorList([noise])}
+        return sample_shared(tiny_model, [prompts[row] for row in rows], config, **options).tolist()
+
+    whole = sampled([0, 1, 2, 3])
+    assert sampled([0, 1]) + sampled([2, 3]) == whole
+    assert whole[0] != whole[1]
