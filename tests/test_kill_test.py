@@ -141,8 +141,6 @@ def test_three_kills_leave_no_trace(tmp_path: Path) -> None:
         "stages.safe.num_steps=5",
         "~stages.token_bias",
         "evaluation.baseline=false",
-        "gate.rules.helpfulness_margin=null",
-        "gate.rules.over_refusal_margin=null",
     ]
     options = ["--work", str(tmp_path), "--cold-every", "0", "--recipe", "terms"]
     done = subprocess.run(
