@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +48,18 @@ def forked(arguments: Sequence[str], folder: Path, log: Path, moment: Moment | N
     if pid == 0:
         _run_child(arguments, folder, log, counted, moment)
     deadline = None if moment is None or moment.seconds is None else started + moment.seconds
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if deadline is not None and time.perf_counter() >= deadline:
+    done = 0
+    try:
+        while not done:
+            time.sleep(_POLL)
+            if deadline is not None and time.perf_counter() >= deadline:
+                os.kill(pid, signal.SIGKILL)
+                deadline = None
+            done, status = os.waitpid(pid, os.WNOHANG)
+    finally:
+        if not done:  # this process is interrupted
             os.kill(pid, signal.SIGKILL)
-            deadline = None
-        time.sleep(_POLL)
+            os.waitpid(pid, 0)
     num = int(counted.read_text()) if counted.exists() else 0
     return Attempt(os.waitstatus_to_exitcode(status), time.perf_counter() - started, num)
 
@@ -66,9 +71,10 @@ def cold(arguments: Sequence[str], log: Path, moment: Moment | None) -> Attempt:
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
-        process.wait(timeout=moment.seconds if moment is not None else None)
-    except subprocess.TimeoutExpired:
-        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moment.seconds if moment is not None else None)
+    finally:
+        process.kill()  # nothing where it has ended
         process.wait()
     return Attempt(process.returncode, time.perf_counter() - started, 0)
 

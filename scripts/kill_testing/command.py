@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Kill, resume and compare; 0 where every end is identical. What an earlier call did is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run that it is at ends with it
     torch.set_num_threads(1)  # before anything is computed: a pool of threads would not survive a fork
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     work = options.work.resolve()
