@@ -35,7 +35,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, numbers: Sequence[float]) -> Tensor:
         """Tokens (n,) int64, given logits (n, V) fp32 and a number in [0, 1) for each row."""
-        probabilities = self.warpers(None, logits).softmax(-1)  # type: ignore[arg-type]  # neither looks at the ids
+        probabilities = self.warpers(None, logits).softmax(-1)  # neither looks at the ids
         # Double: the sum of 100,000 probabilities would be off by more than some of them.
         reached = probabilities.double().cumsum(-1)
         # Numbers have 24 bits, so that none times the sum is rounded up to the sum: a token is always passed.
