@@ -15,7 +15,7 @@ import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from equipoise.data.errors import DiskFullError, EquipoiseError
+from equipoise.data.errors import DiskFullError
 from equipoise.data.files import full_disk_named, write_aside
 
 STATE_FILE = "category_state.json"
@@ -28,17 +28,13 @@ _ASIDE = ".saving"
 _READ_AT_A_TIME = 2**24
 
 
-class CheckpointError(EquipoiseError):
-    """A checkpoint that this stage cannot go on from."""
-
-
 def save_checkpoint(
     folder: Path, step: int, belongs_to: Mapping[str, object], write: Callable[[Path], None]
 ) -> None:
     """Save `checkpoint-<step>` in `folder`, whole or not at all. Collective.
 
     write: puts the files of a rank into the folder that it is given; called on every rank. belongs_to: see
-    `checkpoint_facts`. Raises DiskFullError, on all ranks: the checkpoints before are then as they were.
+    `training.belongs_to`. Raises DiskFullError, on all ranks: the checkpoints before are then as they were.
     """
     state = PartialState()
     target = folder / f"checkpoint-{step}"

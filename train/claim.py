@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from accelerate import PartialState
 
 from equipoise.data.files import drop_torn_line, write_aside
 from equipoise.eval.cache import digest
 from equipoise.eval.terminal import say
 from equipoise.train.checkpoints import checkpoints
+from equipoise.train.planning.engine import Engine
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe, RecipeError
 
@@ -70,13 +70,8 @@ def claimed(run_dir: Path, recipe: Recipe) -> Iterator[None]:
 
 def launch() -> dict[str, object]:
     """How many processes train together, and by which engine."""
-    num = PartialState().num_processes
-    engine = "ddp" if num > 1 else "one process"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        engine = f"deepspeed, ZeRO {os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 'from its own file')}"
-    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        engine = "fsdp"
-    return {"num_processes": num, "engine": engine}
+    engine = Engine.launched()
+    return {"num_processes": engine.num_processes, "engine": engine.name}
 
 
 def versions() -> dict[str, str]:
@@ -170,7 +165,7 @@ def _different(theirs: Any, mine: Any, prefix: str = "") -> dict[str, tuple[Any,
 def _against(key: str, recipe: Recipe, run_dir: Path, was: Mapping[str, Any]) -> str | None:
     """Why a run cannot go on with another value of `key`; None where `resume.force` may change it."""
     if key in ("num_processes", "engine"):
-        sharded = [e for e in (was["engine"], launch()["engine"]) if str(e).startswith(("deepspeed", "fsdp"))]
+        sharded = [e for e in (was["engine"], launch()["engine"]) if str(e).startswith(("zero", "fsdp"))]
         return f"checkpoints of {sharded[0]} are written by each process for itself" if sharded else None
     parts = key.split(".")
     if key in _SOUND or parts[0] == "gate":

@@ -48,7 +48,7 @@ def go_on(folder: Path, recipe: Recipe, *, force: bool = False, **keys: Any) -> 
 def test_the_folder_says_whose_it_is_and_how_it_was_launched(folder: Path, recipe: Recipe) -> None:
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == asdict(recipe)
     launched = json.loads((folder / LAUNCH_FILE).read_text())
-    assert (launched["num_processes"], launched["engine"], launched["forced"]) == (1, "one process", [])
+    assert (launched["num_processes"], launched["engine"], launched["forced"]) == (1, "single", [])
     assert launched["versions"].keys() >= {"equipoise", "torch"}
     assert launched["recipes"] == [recipe_digest(recipe)]
     go_on(folder, recipe)
@@ -129,7 +129,7 @@ def test_a_step_keeps_its_examples(folder: Path, recipe: Recipe, monkeypatch: py
     assert json.loads((folder / LAUNCH_FILE).read_text())["num_processes"] == 2
 
 
-@pytest.mark.parametrize("engine", ["deepspeed, ZeRO 3", "fsdp"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
 def test_sharded_checkpoints_want_as_many_processes(
     engine: str, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

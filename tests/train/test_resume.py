@@ -157,7 +157,7 @@ def test_a_manifest_names_every_file_and_what_the_checkpoint_belongs_to(
     assert {key: manifest[key] for key in ("step", "num_processes", "engine", "examples_per_step")} == {
         "step": 2,
         "num_processes": 1,
-        "engine": "one process",
+        "engine": "single",
         "examples_per_step": 8,
     }
     assert len(manifest["recipe"]) == 16
