@@ -5,7 +5,7 @@ A new judge is its file, a line in `FORMS`, a YAML in recipes/judge/ and a test.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -233,9 +233,13 @@ def _embedded(config: JudgeConfig, cache: Cache | None) -> Judge:
     card = Path(__file__).with_name("embedded.json")
     record = json.loads(card.read_text(encoding="utf-8"))
     known = {item.name: record[item.name] for item in dataclasses.fields(JudgeCard)}
-    judge = LazyEmbedded(
-        JudgeCard(**known | {"calibration": tuple(known["calibration"])}), config.batch_size, dtype
-    )
+
+    def load() -> Judge:
+        from equipoise.eval.judges.embedded import EmbeddedJudge
+
+        return EmbeddedJudge.load(batch_size=config.batch_size, dtype=dtype)  # type: ignore[arg-type]
+
+    judge = LazyJudge(JudgeCard(**known | {"calibration": tuple(known["calibration"])}), load)
     if cache is None:
         return judge
     heads = file_fingerprint(card.with_suffix(".safetensors"))
@@ -244,34 +248,37 @@ def _embedded(config: JudgeConfig, cache: Cache | None) -> Judge:
 
 def _beaver(config: JudgeConfig, cache: Cache | None) -> Judge:
     from equipoise.eval.generation.loading import default_device
-    from equipoise.eval.judges.beaver import BeaverJudge
+    from equipoise.eval.judges.beaver import BeaverJudge, beaver_card
     from equipoise.eval.models import native_dtype
+    from equipoise.eval.scorer_card import check_kind, read_card
 
     assert config.model is not None
     dtype = native_dtype() if config.dtype == "native" else config.dtype
     folder = str(Path(config.model).expanduser())
-    judge = BeaverJudge.load(folder, dtype, default_device(), config.batch_size)  # type: ignore[arg-type]
+    check_kind(read_card(folder), "cost", f"The scorer in {folder}")
+
+    def load() -> Judge:
+        return BeaverJudge.load(folder, dtype, default_device(), config.batch_size)  # type: ignore[arg-type]
+
+    judge = LazyJudge(beaver_card(f"({folder})"), load)
     if cache is None:
         return judge
     return CachedJudge(judge, cache, {"weights": model_fingerprint(folder), "dtype": dtype})
 
 
-class LazyEmbedded:
-    """The embedded judge, whose base model is loaded when an answer is first to be judged."""
+class LazyJudge:
+    """A judge whose model is loaded when an answer is first to be judged."""
 
-    def __init__(self, card: JudgeCard, batch_size: int, dtype: str) -> None:
+    def __init__(self, card: JudgeCard, load: Callable[[], Judge]) -> None:
         self.card = card
-        self._batch_size = batch_size
-        self._dtype = dtype
+        self._load = load
 
     @cached_property
     def _judge(self) -> Judge:
-        from equipoise.eval.judges.embedded import EmbeddedJudge
-
-        return EmbeddedJudge.load(batch_size=self._batch_size, dtype=self._dtype)  # type: ignore[arg-type]
+        return self._load()
 
     def judge(
         self, prompts: Sequence[Sequence[Turn]], responses: Sequence[str], progress: Progress | None = None
     ) -> list[Judgement]:
-        """As `EmbeddedJudge.judge`."""
+        """As the judge itself."""
         return self._judge.judge(prompts, responses, progress)
