@@ -40,8 +40,8 @@ _SOUND_IN_STAGES = frozenset(
 )
 """The same in every stage; how many examples a step has is looked at by itself."""
 
-_LEFT_OVER = re.compile(r"\..+\.\d+(\.part)?|\.saving")
-"""What `write_aside`, `save_folder` and `save_checkpoint` write before they rename it."""
+_LEFT_OVER = re.compile(r"\..+\.\d+(\.part)?|\.saving|\.work")
+"""What `write_aside`, `save_folder` and `save_checkpoint` write before they rename it, and what an evaluation needs."""
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from equipoise.data.random_prompts import POOLS, Pool, random_continuations, random_prompts
@@ -131,13 +131,14 @@ class TokenBias:
         return replace(self, settings=replace(self.settings, **changes))
 
     def save(self, path: Path | str) -> None:
-        """Write safetensors with the settings as metadata; aside first, then renamed."""
+        """Write safetensors with the settings as metadata, equal tables as equal bytes; aside first, then renamed."""
         path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {"bias": self.bias, "mean_probability": self.mean_probability}
         metadata = {"format": FORMAT, "settings": json.dumps(asdict(self.settings))}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+            data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+            aside.write_bytes(_in_order(data))
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -206,6 +207,16 @@ class TokenBias:
                 for token in chosen
             ]
         return rows
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted; safetensors itself has them in another order every time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors behind it stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def estimate_token_bias(

@@ -192,6 +192,7 @@ def test_what_a_killed_run_had_half_written_is_removed(folder: Path, recipe: Rec
         (path / ".summary.json.17.part").touch()
     (folder / ".summary.json.17.part").touch()
     (stage / ".mine").touch()
+    (folder / "eval" / "first-2" / ".work").mkdir(parents=True)
     (folder / "gate.jsonl").write_text('{"label": "a"}\n{"lab')
     go_on(folder, recipe)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.startswith(".")}
