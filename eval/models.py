@@ -9,6 +9,9 @@ import importlib.util
 import io
 import os
 import re
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -209,15 +212,16 @@ def _converted(gguf: Path, cache_dir: Path, notify: Notify) -> Path:
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     folder = cache_dir / "models" / f"{EMBEDDED}-{digest}-{_CONVERSION}"
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         return folder
+    shutil.rmtree(folder, ignore_errors=True)  # a rank other than the first once left a tokenizer alone
     notify(f"Converting {gguf.name} to bf16 safetensors in {folder} (once, about 20 seconds).")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: another process sees the whole folder or none.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as aside:
             made = Path(aside) / "model"
-            _convert(gguf, made)
+            (_convert_apart if _is_later_rank() else _convert)(gguf, made)
             try:
                 made.rename(folder)
             except OSError:
@@ -229,6 +233,22 @@ def _converted(gguf: Path, cache_dir: Path, notify: Notify) -> Path:
             "It takes 275 MB; set EQUIPOISE_CACHE to a writable folder with room."
         ) from error
     return folder
+
+
+def _is_later_rank() -> bool:
+    """Whether this process is a rank other than the first, on which transformers saves no weights."""
+    import torch
+
+    return torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+
+
+def _convert_apart(gguf: Path, folder: Path) -> None:
+    """As `_convert`, in a process that is no rank; raises ModelError."""
+    call = "import sys, pathlib; from equipoise.eval import models; models._convert(*map(pathlib.Path, sys.argv[1:]))"
+    command = [sys.executable, "-c", call, str(gguf), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ModelError(f"{gguf} cannot be converted: {done.stderr.strip().splitlines()[-1:]}")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from matrixing.cells import ENGINES, ONE, TRAINERS
 from matrixing.comparing import TOLERANCE, compare
-from matrixing.running import prepare, run_cell
+from matrixing.running import Result, prepare, run_cells
 
 Cell = tuple[str, str]
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "trl", "peft")
@@ -34,7 +34,7 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help=f"which cells; either may be `all`. Trainers: {', '.join(TRAINERS)}; engines: {', '.join(ENGINES)}",
         default=["all:all"],
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="engines at a time (default: 1)")
     parser.add_argument(
         "--limit", type=float, default=600.0, metavar="SECONDS", help="of a cell (default: 600)"
     )
@@ -78,28 +78,28 @@ def chosen(names: Sequence[str]) -> list[Cell]:
     return [(t, e) for t in TRAINERS for e in ENGINES if (t, e) in cells]
 
 
-def run_all(
-    folder: Path, cells: Iterable[Cell], num_jobs: int, limit_seconds: float
-) -> dict[Cell, dict[str, Any]]:
-    """Run the cells, those of one process first; one that fails is recorded, and the others go on."""
-    results: dict[Cell, dict[str, Any]] = {}
+def run_all(folder: Path, cells: Iterable[Cell], num_jobs: int, limit_seconds: float) -> dict[Cell, Result]:
+    """Run the cells, `num_jobs` engines at a time; a cell that fails is recorded, and the others go on."""
+    results: dict[Cell, Result] = {}
 
-    def one(cell: Cell) -> None:
-        results[cell] = run_cell(folder, cell, limit_seconds)
-        done = results[cell]
-        print(
-            f"{':'.join(cell)}: {done['error'] or 'ran'}, {done['seconds']:g} s", file=sys.stderr, flush=True
-        )
+    def of_engine(engine: str, trainers: list[str]) -> None:
+        def told(trainer: str, result: Result) -> None:
+            said = f"{trainer}:{engine}: {result['error'] or 'ran'}, {result['seconds']:g} s"
+            print(said, file=sys.stderr, flush=True)
 
+        found = run_cells(folder, engine, trainers, limit_seconds, told)
+        results.update({(trainer, engine): result for trainer, result in found.items()})
+
+    wanted = {engine: [t for t in TRAINERS if (t, engine) in set(cells)] for engine in ENGINES}
     with ThreadPoolExecutor(num_jobs) as pool:
-        list(pool.map(one, sorted(cells, key=lambda cell: cell[1] != ONE)))
+        list(pool.map(lambda item: of_engine(*item), [item for item in wanted.items() if item[1]]))
     return results
 
 
 def judged(folder: Path, cell: Cell, results: Mapping[Cell, Mapping[str, Any]]) -> dict[str, Any]:
     """A cell's figures: how it ran, and where it ran, how it compares."""
     result = dict(results[cell])
-    if result["exit_code"] != 0 or results[cell[0], ONE]["exit_code"] != 0:
+    if result["error"] or results[cell[0], ONE]["error"]:
         return result | {"passed": False, "error": result["error"] or f"{cell[0]}:{ONE} failed"}
     return result | compare(folder, cell)
 
@@ -137,4 +137,4 @@ def _shown(trainer: str, engine: str, found: Mapping[Cell, Mapping[str, Any]], n
             f"{name}: {value[:3] if isinstance(value, list) else value}" for name, value in wrong.items()
         )
     notes.append(f"{trainer} under {engine}: {what}")
-    return f"differs ({len(notes)})" if figures.get("exit_code") == 0 else f"failed ({len(notes)})"
+    return f"failed ({len(notes)})" if figures["error"] else f"differs ({len(notes)})"

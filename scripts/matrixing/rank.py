@@ -1,4 +1,4 @@
-"""What every process of a cell runs: `python rank.py JOB.json`.
+"""What every process of a launch runs: `python rank.py JOB.json ...`, a job a cell.
 
 Three passes in one process, for importing takes longer than they do: the recipe from end to end (`whole`); the same,
 its last rank told to end by SIGTERM in the middle of a step (`told`); the same again, which goes on from what that
@@ -20,13 +20,25 @@ TOLD_IN_STEP = 2
 """Optimizer steps that are done when the signal comes; the step it comes in is finished and saved."""
 
 
-def main(job_file: str) -> int:
-    """Run the passes of the job; returns the exit code."""
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    if job["fsdp_on_cpu"]:
+def main(job_files: list[str]) -> int:
+    """Run one job after the other; returns the exit code."""
+    jobs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in job_files]
+    if jobs[0]["fsdp_on_cpu"]:
         from fsdp_on_cpu import allow_fsdp_on_cpu
 
         allow_fsdp_on_cpu()
+    for job in jobs:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"===== cell: {job['trainer']}", flush=True)
+        os.environ["EQUIPOISE_CACHE"] = f"{job['folder']}/cache"
+        if not passes_of(job):
+            return 1
+    return 0
+
+
+def passes_of(job: dict[str, Any]) -> bool:
+    """Run the three passes and write down what this rank has seen; False where one did not end as it should."""
+    from equipoise.data.files import write_aside
     from equipoise.train.preemption import REQUEUE
 
     rank = int(os.environ.get("RANK", "0"))
@@ -47,10 +59,10 @@ def main(job_file: str) -> int:
         passes[label] = seen
         if seen["exit_code"] not in expected:
             print(f"rank {rank}: {label} left with {seen['exit_code']}", file=sys.stderr)
-            return 1
+            return False
     target = Path(job["folder"]) / f"rank{rank}.json"
-    target.write_text(json.dumps(passes, indent=1) + "\n", encoding="utf-8")
-    return 0
+    write_aside(target, json.dumps(passes, indent=1) + "\n")
+    return True
 
 
 def run(overrides: list[str]) -> int:
@@ -154,4 +166,6 @@ def whole(parameter: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    from equipoise.train.cli import leave
+
+    leave(main(sys.argv[1:]))

@@ -160,9 +160,14 @@ def test_a_hub_model_needs_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("owner/name") == "owner/name"
 
 
+def write_whole(folder: Path, config: str = "{}") -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+
+
 @pytest.mark.usefixtures("packaged")
 def test_the_packaged_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "_convert", lambda _, folder: folder.mkdir())
+    monkeypatch.setattr(models, "_convert", lambda _, folder: write_whole(folder))
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
     told: list[str] = []
     folder = Path(resolve_model(EMBEDDED, notify=told.append))
@@ -176,15 +181,32 @@ def test_the_packaged_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.usefixtures("packaged")
 def test_two_processes_may_convert_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def overtaken(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "mine").touch()
-        monkeypatch.setattr(models, "_convert", lambda _, other: other.mkdir() or (other / "theirs").touch())
+        write_whole(folder, "mine")
+        monkeypatch.setattr(models, "_convert", lambda _, other: write_whole(other, "theirs"))
         resolve_model(EMBEDDED, cache_dir=tmp_path / "cache")
 
     monkeypatch.setattr(models, "_convert", overtaken)
     folder = Path(resolve_model(EMBEDDED, cache_dir=tmp_path / "cache"))
-    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert (folder / "config.json").read_text() == "theirs"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.usefixtures("packaged")
+def test_a_later_rank_converts_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers saves weights on the first rank alone; what such a rank once left is made anew."""
+    monkeypatch.setattr(models, "_is_later_rank", lambda: True)
+    monkeypatch.setattr(models, "_convert_apart", lambda _, folder: write_whole(folder, "apart"))
+    folder = Path(resolve_model(EMBEDDED, cache_dir=tmp_path))
+    (folder / "config.json").unlink()
+    (folder / "tokenizer.json").touch()
+    assert resolve_model(EMBEDDED, cache_dir=tmp_path) == str(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+@pytest.mark.usefixtures("packaged")
+def test_a_conversion_apart_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"absent\.gguf cannot be converted"):
+        models._convert_apart(tmp_path / "absent.gguf", tmp_path / "model")
 
 
 @pytest.mark.usefixtures("packaged")

@@ -216,10 +216,12 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         outputs = model(**model_inputs(inputs))
         chosen, rejected = sum_by_sequence(outputs.log_probs, inputs)
         assert self._reference_sums is not None
+        ref_chosen, ref_rejected = (sums[inputs["pair"]] for sums in self._reference_sums)
         logps = PairLogps(
             chosen,
             rejected,
-            *(sums[inputs["pair"]] for sums in self._reference_sums),
+            ref_chosen,
+            ref_rejected,
             inputs["chosen_lengths"],
             inputs["rejected_lengths"],
         )
@@ -269,7 +271,9 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         loss = (weight * per_pair).mean()
         if config.sft_coef:
             sft = sft_loss(logps, self._num_chosen_tokens)
-            if self._num_chosen_tokens is not None:  # the sum over microbatches and ranks, which are then averaged over
+            if (
+                self._num_chosen_tokens is not None
+            ):  # the sum over microbatches and ranks, which are then averaged over
                 sft = sft * self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss + config.sft_coef * sft
         return per_pair, loss

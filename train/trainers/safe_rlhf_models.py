@@ -15,6 +15,7 @@ memory at a time, and gradient checkpointing recomputes with the adapter that wa
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -97,8 +98,8 @@ class SafeRLHFModels:
 
     def shard(self, device: torch.device) -> None:
         """Spread the frozen weights over the ranks; to be called before anything is on `device`. Collective."""
-        decoders = [
-            module.decoder if isinstance(module, Scorer) else base_causal_lm(module).base_model  # type: ignore[arg-type]
+        decoders: list[Any] = [
+            module.decoder if isinstance(module, Scorer) else base_causal_lm(cast(Any, module)).base_model
             for module in self.modules
         ]
         for decoder in {id(decoder): decoder for decoder in decoders}.values():  # the shared layout has one
@@ -164,7 +165,7 @@ class SafeRLHFModels:
                 parameter.copy_(state[name])
 
 
-def _shard_frozen(decoder: nn.Module, device: torch.device) -> None:
+def _shard_frozen(decoder: PreTrainedModel, device: torch.device) -> None:
     """FSDP 2 on the frozen weights of the decoder's layers. Every pass goes through the decoder's own `__call__`."""
     kinds = set(decoder._no_split_modules or ())
     layers = [module for module in decoder.modules() if type(module).__name__ in kinds]
