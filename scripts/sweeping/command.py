@@ -19,6 +19,7 @@ from sweeping.page import page
 from sweeping.points import Point, Sweep, plan, waves
 from sweeping.results import Results, collect, facts, html_path, table
 
+from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.eval.report.formats import number, number_range, one_line, percent, percent_range
 from equipoise.eval.terminal import console, say
@@ -106,8 +107,11 @@ def run(options: argparse.Namespace) -> int:
     return 1 if results.missing else 0
 
 
-def run_points(sweep: Sweep, options: argparse.Namespace) -> None:
-    """Run every point that is not done, in waves (`points.waves`)."""
+def run_points(sweep: Sweep, options: argparse.Namespace, whole: Sweep | None = None) -> None:
+    """Run every point that is not done, in waves (`points.waves`).
+
+    After each the report is written anew, for those who watch: of `whole`, where the points are only a part of it.
+    """
     waiting = [point for point in sweep.points if not point.done]
     num_kept = len(sweep.points) - len(waiting)
     say(f"{len(sweep.points)} points in {sweep.folder}" + (f", {num_kept} done before" if num_kept else ""))
@@ -118,6 +122,12 @@ def run_points(sweep: Sweep, options: argparse.Namespace) -> None:
         nonlocal num_ended
         num_ended += 1
         say(f"{name}: {describe(by_name[name], code)} ({num_ended} of {len(waiting)})")
+        try:
+            write_outputs(collect(whole or sweep, options.min_prompts), show=False)
+        except (
+            EquipoiseError
+        ) as error:  # the points that are running must not die of it; the last report raises it
+            say(f"no report of the sweep: {error}")
 
     command = launch_command(options.launch)
     cluster = cluster_settings(options.cluster) if options.cluster else None

@@ -1,5 +1,6 @@
 """From a command line in Hydra's override grammar to the points of a sweep: one run of train.py each."""
 
+import functools
 import hashlib
 import json
 import re
@@ -26,6 +27,8 @@ SEED = "seed"
 """Swept like any other key, but points that differ in it alone are repetitions of one setting."""
 OF_THE_SWEEP = ("name", "output_dir")
 """Keys that name the sweep's folder; its points get their own."""
+GROUP = "tracking.group"
+"""Dashboards show the points together, under the sweep's name where it was given no group."""
 _MAX_NAME = 100
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -163,11 +166,13 @@ def assemble(
         values = dict(override.partition("=")[::2] for override in one)
         setting = {key: values[key] for key in swept}
         kept = [override for override in one if override.partition("=")[0] not in OF_THE_SWEEP]
-        recipe = _recipe(kept, config_dir)
+        recipe = _recipe(tuple(kept), config_dir)
         folder = Path(given.get("output_dir", recipe.output_dir)).expanduser().resolve()
         folder /= given.get("name", recipe.name)
         name = setting_name(setting)
         arguments = [*kept, f"name={name}", f"output_dir={_quoted(folder / 'points')}"]
+        if GROUP not in {key.lstrip("+") for key in own}:
+            arguments.append(f"{GROUP}={_quoted(folder.name)}")
         point = Point(
             setting=name,
             swept=setting,
@@ -204,11 +209,12 @@ def _text(value: object) -> str:
     return value.text if isinstance(value, QuotedString) else str(value)
 
 
-def _quoted(path: Path) -> str:
-    return QuotedString(text=str(path), quote=Quote.single).with_quotes()
+def _quoted(value: Path | str) -> str:
+    return QuotedString(text=str(value), quote=Quote.single).with_quotes()
 
 
-def _recipe(overrides: Sequence[str], config_dir: str | None) -> Recipe:
+@functools.cache  # a search composes its points again in every round
+def _recipe(overrides: tuple[str, ...], config_dir: str | None) -> Recipe:
     arguments = [*(["--config-dir", config_dir] if config_dir else []), *overrides]
     try:
         composed = compose(arguments)

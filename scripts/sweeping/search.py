@@ -56,7 +56,8 @@ def search(options: argparse.Namespace) -> Sweep:
         trials: list[Any] = list(study.get_trials(states=(TrialState.RUNNING,)))[: min(options.jobs, left)]
         trials += [study.ask(space) for _ in range(min(options.jobs, left) - len(trials))]
         sweep = _sweep_of(parsed, fixed, seeds, [trial.params for trial in trials], options)
-        run_points(sweep, options)
+        tried = [trial.params for trial in study.get_trials() if trial.params]
+        run_points(sweep, options, whole=_sweep_of(parsed, fixed, seeds, tried, options))
         num_failed = 0
         for trial in trials:
             values = _objectives(sweep, _setting(sweep, trial.params))

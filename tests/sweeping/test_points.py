@@ -30,6 +30,18 @@ def test_the_arguments_of_a_point_make_its_folder(sweeping: Any, tmp_path: Path)
     assert sweep.folder == where / "mine"
 
 
+@pytest.mark.parametrize(("given", "expected"), [([], "tsdi"), (["+tracking.group=mine"], "mine")])
+def test_dashboards_show_the_points_together(sweeping: Any, given: list[str], expected: str) -> None:
+    from equipoise.train.cli import compose
+    from equipoise.train.recipe.loading import load_recipe
+
+    sweep = sweeping("points").plan(["recipe=tsdi", "lam=1,4", "tracking=wandb", *given])
+    for point in sweep.points:
+        cfg = compose(point.arguments)
+        assert cfg is not None
+        assert load_recipe(cfg).tracking.group == expected
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

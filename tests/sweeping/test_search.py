@@ -33,8 +33,10 @@ def test_a_search_goes_on_where_it_was(
     command, search = sweeping("command"), sweeping("search")
     num_run = 0
 
-    def run_points(sweep: Any, options: argparse.Namespace) -> None:
+    def run_points(sweep: Any, options: argparse.Namespace, whole: Any) -> None:
         nonlocal num_run
+        assert {str(point) for point in sweep.points} <= {str(point) for point in whole.points}
+        assert whole.folder == sweep.folder
         for point in sweep.points:
             if point.done:
                 continue

@@ -1,6 +1,7 @@
 """From composed YAML to a `Recipe`: keys and types here, values in `checks.py`, one error for all of it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, TypeVar, cast, get_args
@@ -148,9 +149,14 @@ def _fill_fields(
 
 def _converted(config: type, name: str, value: object) -> object:
     """`value` as OmegaConf reads it into the field `name` of `config`; raises its error when it does not fit."""
-    node = OmegaConf.structured(config)
+    node = _node(config)
     node[name] = value
-    return OmegaConf.to_container(node)[name]  # type: ignore[index, call-overload]
+    return OmegaConf.to_container(OmegaConf.masked_copy(node, name))[name]  # type: ignore[index, call-overload]
+
+
+@functools.cache  # making one takes longer than all that is done with it, and no field's value reaches another
+def _node(config: type) -> DictConfig:
+    return OmegaConf.structured(config)
 
 
 def _type_name(annotation: Any) -> str:

@@ -47,7 +47,7 @@ class Tracker:
         self._dashboards: dict[str, Dashboard] = {}
         if config.trackers:
             run = Run(run_dir, run_id(run_dir), config, self._clean(recipe))
-            for name in config.trackers:
+            for name in dict.fromkeys(config.trackers):
                 self._guarded(name, partial(self._start, name, run))
 
     def log(self, metrics: Mapping[str, float | int | str], step: int, stage: str) -> None:
