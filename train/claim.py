@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import yaml
 
-from equipoise.data.files import drop_torn_line, write_aside
+from equipoise.data.files import write_aside
 from equipoise.eval.cache import digest
 from equipoise.eval.terminal import say
 from equipoise.train.checkpoints import checkpoints
@@ -228,7 +228,6 @@ def _short(value: object) -> str:
 
 def _tidy(run_dir: Path) -> None:
     """Remove what a killed run had half written; nobody else is at work here."""
-    drop_torn_line(run_dir / "gate.jsonl")
     for path in [path for path in run_dir.rglob(".*") if _LEFT_OVER.fullmatch(path.name)]:
         if path.is_dir():
             shutil.rmtree(path)
