@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("data", "eval", "recipes", "train")
 
-NOT_SHIPPED = {"eval/judges/base_completions.jsonl"}
+NOT_SHIPPED = {"eval/judges/base_completions.jsonl", "eval/judges/contrast_labels.jsonl"}
 """What a script of the repository reads, and nothing that is installed."""
 
 IMPORT_ALL = """

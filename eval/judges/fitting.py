@@ -37,10 +37,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one origin; sources weigh the same in the fit, whatever their size."""
+    """The rows of one data set; sources weigh the same in the fit, whatever their size."""
 
     name: str
     rows: list[Row]
+    origin: str
+    """Who wrote the answers. Sources of one origin are left out together: their style would give each other away."""
 
     def labels(self, head: str) -> tuple[NDArray, NDArray]:
         """Indices of the rows with a label for `head`, and those labels."""
@@ -105,30 +107,56 @@ def _mean_rate(label: NDArray, score: NDArray, threshold: float) -> float:
     return float(np.mean(rates))
 
 
-def out_of_fold(sources: Sequence[Source], parts: Sequence[Part], phrase_scale: float) -> list[NDArray]:
-    """Probabilities for each source's labelled rows by heads that saw no row with the same prompt."""
-    named = [source.prompts() for source in sources]
-    prompts = [names[i] for names, (_, rows, _) in zip(named, parts, strict=True) for i in rows]
-    ids = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
-    groups = np.array([ids[prompt] for prompt in prompts])
-    owner = np.concatenate([np.full(len(rows), n) for n, (_, rows, _) in enumerate(parts)])
-    position = np.concatenate([np.arange(len(rows)) for _, rows, _ in parts])
-    found = [np.zeros(len(rows)) for _, rows, _ in parts]
-    for inside, outside in GroupKFold(NUM_FOLDS).split(groups, groups=groups):
-        chosen = [position[inside][owner[inside] == n] for n in range(len(parts))]
-        kept = [(f, rows[k], y[k]) for (f, rows, y), k in zip(parts, chosen, strict=True) if len(k)]
+def out_of_fold(
+    sources: Sequence[Source], parts: Sequence[Part], phrase_scale: float, origin: str | None = None
+) -> list[NDArray]:
+    """Probabilities for each source's labelled rows by heads that saw no row with the same prompt.
+
+    With an origin: by heads that saw none of its sources either; those of the others are not asked for and stay NaN.
+    """
+    ids: dict[str, int] = {}
+    named = [[ids.setdefault(name, len(ids)) for name in source.prompts()] for source in sources]
+    groups = [
+        np.array([names[i] for i in rows], dtype=int)
+        for names, (_, rows, _) in zip(named, parts, strict=True)
+    ]
+    asked = [origin is None or source.origin == origin for source in sources]
+    learnt = [origin is None or source.origin != origin for source in sources]
+    found = [np.full(len(rows), np.nan) for _, rows, _ in parts]
+    for held in _folds(
+        np.concatenate([g for g, yes in zip(groups, asked, strict=True) if yes]),
+        np.concatenate(
+            [g for g, yes in zip(groups, learnt, strict=True) if yes] or [np.array([], dtype=int)]
+        ),
+    ):
+        kept = [
+            (features, rows[~np.isin(group, held)], labels[~np.isin(group, held)])
+            for (features, rows, labels), group, yes in zip(parts, groups, learnt, strict=True)
+            if yes
+        ]
+        kept = [part for part in kept if len(part[1])]
+        if len({bool(label) for *_, labels in kept for label in labels}) < 2:
+            continue
         head = fit_head(kept, phrase_scale)
         for n, (features, rows, _) in enumerate(parts):
-            here = position[outside][owner[outside] == n]
-            if len(here):
+            here = np.isin(groups[n], held)
+            if asked[n] and here.any():
                 found[n][here] = predict(head, features, rows[here])
     return found
+
+
+def _folds(asked: NDArray, learnt: NDArray) -> list[NDArray]:
+    """The prompts to hold out in turn: one fold of all of them where nothing that is learnt shares any."""
+    prompts = np.unique(asked)
+    if not np.isin(prompts, learnt).any():
+        return [prompts]
+    return [asked[outside] for _, outside in GroupKFold(NUM_FOLDS).split(asked, groups=asked)]
 
 
 def fit_and_measure(
     head_name: str, fitted: Sequence[tuple[Source, Features]], measured: Sequence[tuple[Source, Features]]
 ) -> tuple[Head, list[dict[str, object]]]:
-    """Fit one head; measure it by cross-validation, without each source in turn, and on sets never fitted on.
+    """Fit one head; measure it by cross-validation, without each origin in turn, and on sets never fitted on.
 
     No measurement uses a head that was fitted on the same prompt, in whatever source. The threshold is chosen on
     the out-of-fold probabilities of all fitted sources.
@@ -136,26 +164,30 @@ def fit_and_measure(
     scale = PHRASE_SCALE[head_name]
     usable = [(source, (features, *source.labels(head_name))) for source, features in fitted]
     usable = [(source, part) for source, part in usable if len(part[1])]
-    folds = out_of_fold([source for source, _ in usable], [part for _, part in usable], scale)
-    threshold = best_threshold([(labels, p) for (_, (_, _, labels)), p in zip(usable, folds, strict=True)])
+    sources, parts = [source for source, _ in usable], [part for _, part in usable]
+    folds = out_of_fold(sources, parts, scale)
+    threshold = best_threshold([(labels, p) for (_, _, labels), p in zip(parts, folds, strict=True)])
+    foreign = {
+        origin: out_of_fold(sources, parts, scale, origin)
+        for origin in dict.fromkeys(source.origin for source in sources)
+    }
 
     entries = []
-    for (source, (features, rows, labels)), fold in zip(usable, folds, strict=True):
+    for n, (source, (_, _, labels)) in enumerate(usable):
         protocol = f"{NUM_FOLDS}-fold by prompt"
-        entries.append(calibration_entry(source.name, head_name, protocol, True, labels, fold, threshold))
-        others = [
-            _without(other, part, set(source.prompts())) for other, part in usable if other is not source
-        ]
-        others = [part for part in others if len(part[1])]
-        if others:
-            found = predict(fit_head(others, scale), features, rows)
-            protocol = "fitted without it"
+        entries.append(calibration_entry(source.name, head_name, protocol, True, labels, folds[n], threshold))
+        found = foreign[source.origin][n]
+        told = ~np.isnan(found)  # nothing is left to fit on where others have no row on another prompt
+        if told.any():
+            protocol = "fitted without its origin"
             entries.append(
-                calibration_entry(source.name, head_name, protocol, False, labels, found, threshold)
+                calibration_entry(
+                    source.name, head_name, protocol, False, labels[told], found[told], threshold
+                )
             )
 
-    head = replace(fit_head([part for _, part in usable], scale), threshold=threshold)
-    seen = {prompt for source, _ in usable for prompt in source.prompts()}
+    head = replace(fit_head(parts, scale), threshold=threshold)
+    seen = {prompt for source in sources for prompt in source.prompts()}
     for source, features in measured:
         _, rows, labels = _without(source, (features, *source.labels(head_name)), seen)
         if len(rows):

@@ -17,7 +17,9 @@ from equipoise.eval.judges.fitting import (
 )
 
 
-def source(name: str, num_rows: int, seed: int, prompts: list[str] | None = None) -> tuple[Source, Features]:
+def source(
+    name: str, num_rows: int, seed: int, prompts: list[str] | None = None, origin: str | None = None
+) -> tuple[Source, Features]:
     """Unsafe rows lie one standard deviation up in the first of three features."""
     rng = np.random.default_rng(seed)
     unsafe = rng.random(num_rows) < 0.4
@@ -28,7 +30,7 @@ def source(name: str, num_rows: int, seed: int, prompts: list[str] | None = None
     ]
     hidden = rng.normal(size=(num_rows, 3))
     hidden[:, 0] += 2.0 * unsafe
-    return Source(name, rows), Features(hidden * 10 + 5, np.zeros(num_rows))
+    return Source(name, rows, origin or name), Features(hidden * 10 + 5, np.zeros(num_rows))
 
 
 def part(made: tuple[Source, Features]) -> tuple[Features, np.ndarray, np.ndarray]:
@@ -46,10 +48,10 @@ def test_head_is_deterministic_and_finds_the_direction() -> None:
 def test_sources_weigh_the_same_whatever_their_size() -> None:
     small, large = source("a", 60, 0), source("b", 60, 1)
     repeated = (
-        Source("b", large[0].rows * 5),
+        Source("b", large[0].rows * 5, "b"),
         Features(np.tile(large[1].hidden, (5, 1)), np.tile(large[1].phrase, 5)),
     )
-    opposite = Source("b", [replace(row, unsafe=not row.unsafe) for row in repeated[0].rows])
+    opposite = Source("b", [replace(row, unsafe=not row.unsafe) for row in repeated[0].rows], "b")
     # Two sources that disagree about everything cancel, although one of them is five times as large.
     agreeing = fit_head([part(small), part(repeated)], 1.0).weight[0]
     cancelled = fit_head([part(small), part((opposite, repeated[1]))], 1.0).weight[0]
@@ -62,7 +64,7 @@ def test_a_memorised_prompt_does_not_help_out_of_fold() -> None:
     labels = rng.random(60) < 0.5
     hidden = rng.normal(size=(60, 200))
     rows = [Row(({"role": "user", "content": f"p{i}"},), "x", bool(y), None) for i, y in enumerate(labels)]
-    made = [(Source(name, rows), Features(hidden, np.zeros(60))) for name in ("a", "b")]
+    made = [(Source(name, rows, name), Features(hidden, np.zeros(60))) for name in ("a", "b")]
     found = out_of_fold([s for s, _ in made], [part(m) for m in made], 1.0)
     accuracy = ((found[0] >= 0.5) == labels).mean()
     inside = (
@@ -79,12 +81,41 @@ def test_measurements_exclude_prompts_that_were_fitted_on() -> None:
     by_key = {(entry["name"], entry["protocol"]): entry for entry in entries}
     assert by_key["c", "never fitted on"]["n"] == 20  # prompts are compared normalised
     assert by_key["a", "5-fold by prompt"]["fitted_on"] is True
-    assert by_key["b", "fitted without it"]["fitted_on"] is False
-    assert (
-        "a",
-        "fitted without it",
-    ) not in by_key  # all of b's prompts are a's: nothing would be left to fit on
+    assert by_key["b", "fitted without its origin"]["fitted_on"] is False
+    # Folds by prompt: b's prompts are all a's, and still every row of either can be told from the other's.
+    assert by_key["a", "fitted without its origin"]["n"] == 80
+    assert by_key["b", "fitted without its origin"]["n"] == 40
     assert 0.05 <= head.threshold <= 0.95
+
+
+def test_sources_of_one_origin_are_left_out_together() -> None:
+    """The second origin's labels are turned round: who is judged by it alone is judged wrongly."""
+    ours = [source("a", 80, 0, origin="us"), source("b", 80, 1, origin="us")]
+    theirs, features = source("c", 80, 2)
+    turned = Source("c", [replace(row, unsafe=not row.unsafe) for row in theirs.rows], "them")
+    _, entries = fit_and_measure("unsafe", [*ours, (turned, features)], [])
+    foreign = {e["name"]: e["auroc"] for e in entries if e["protocol"] == "fitted without its origin"}
+    assert set(foreign) == {"a", "b", "c"}
+    assert max(foreign.values()) < 0.2
+
+
+def test_a_prompt_of_another_origin_does_not_help() -> None:
+    """Noise for labels, the same prompts and features in both origins: only leakage could predict them."""
+    rng = np.random.default_rng(0)
+    labels, hidden = rng.random(60) < 0.5, rng.normal(size=(60, 200))
+    rows = [Row(({"role": "user", "content": f"p{i}"},), "x", bool(y), None) for i, y in enumerate(labels)]
+    made = [(Source(name, rows, name), Features(hidden, np.zeros(60))) for name in ("a", "b")]
+    found, other = out_of_fold([s for s, _ in made], [part(m) for m in made], 1.0, origin="a")
+    assert ((found >= 0.5) == labels).mean() < 0.65
+    assert np.isnan(other).all()
+
+
+def test_an_origin_that_nothing_else_can_tell_is_not_measured() -> None:
+    one_sided, features = source("b", 20, 1)
+    safe = Source("b", [replace(row, unsafe=False) for row in one_sided.rows], "b")
+    _, entries = fit_and_measure("unsafe", [source("a", 60, 0), (safe, features)], [])
+    names = [entry["name"] for entry in entries if entry["protocol"] == "fitted without its origin"]
+    assert names == ["b"]  # a would be judged by a head that never saw an unsafe answer
 
 
 def test_threshold_weighs_sources_and_takes_one_sided_ones() -> None:
