@@ -62,7 +62,8 @@ class Gatekeeper:
     @property
     def promoted(self) -> str | None:
         """State of the model in `promoted/`, as gate.jsonl has it: an interrupted run may have put it there."""
-        states = [verdict["state"] for verdict in self._recorded() if verdict["promoted"]]
+        verdicts = map(json.loads, self._recorded())
+        states = [verdict["state"] for verdict in verdicts if verdict["promoted"]]
         return states[-1] if states else None
 
     def evaluate(
@@ -172,19 +173,10 @@ class Gatekeeper:
             )
         return report
 
-    def _recorded(self) -> list[dict[str, Any]]:
-        """The verdicts in gate.jsonl, an interrupted run's included."""
+    def _recorded(self) -> list[str]:
+        """The lines of gate.jsonl, every verdict that this run has given: those of an interrupted part of it, too."""
         path = self.context.run_dir / "gate.jsonl"
-        return [*map(json.loads, path.read_text(encoding="utf-8").splitlines())] if path.exists() else []
-
-    def _record(self, verdict: dict[str, Any]) -> None:
-        """Write a verdict to gate.jsonl, in place of the one that an interrupted run gave on the same evaluation."""
-        verdicts = self._recorded()
-        places = [at for at, old in enumerate(verdicts) if old["label"] == verdict["label"]]
-        for at in places or [len(verdicts)]:
-            verdicts[at : at + 1] = [verdict]
-        lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in verdicts]
-        write_aside(self.context.run_dir / "gate.jsonl", "".join(lines))
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     def write_html(
         self,
@@ -236,15 +228,19 @@ class Gatekeeper:
 
         def keep() -> None:
             self._write_label(state, label)
-            verdict = json.loads(json.dumps({"label": label, "promoted": passed, **result.to_dict()}))
-            promoted = self.context.run_dir / "promoted"
-            known = verdict in self._recorded()  # a run that is resumed decides on its finished stages again
-            if passed and not known:
-                promote(Path(model_folder), token_bias, promoted)
-            if not known:
-                self._record(verdict)
+            weights = self.reports[state].engine["weights"]
+            line = json.dumps(
+                {"label": label, "weights": weights, "promoted": passed, **result.to_dict()},
+                ensure_ascii=False,
+            )
+            recorded = self._recorded()
+            if line not in recorded:  # else a run that is resumed decides on its finished stages again
+                promoted = self.context.run_dir / "promoted"
                 if passed:
-                    self.context.log_promoted(promoted, ("promoted", state, label), verdict)
+                    promote(Path(model_folder), token_bias, promoted)
+                write_aside(self.context.run_dir / "gate.jsonl", "\n".join([*recorded, line, ""]))
+                if passed:
+                    self.context.log_promoted(promoted, ("promoted", state, label), json.loads(line))
             self.context.log(result.metrics(), 0, label)
 
         from_first(keep)

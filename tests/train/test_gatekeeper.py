@@ -143,22 +143,24 @@ def test_a_report_of_other_weights_is_made_again(gatekeeper: Gatekeeper, tmp_pat
 
 
 @pytest.mark.usefixtures("quick_reports")
-def test_a_verdict_given_again_takes_the_place_of_the_one_before(
+def test_another_verdict_on_the_same_step_is_recorded_beside_the_first(
     gatekeeper: Gatekeeper, make_judge: Any
 ) -> None:
+    """Where training is not deterministic, a resumed run may come to other weights: both verdicts were given."""
     folder = gatekeeper.context.base_folder
-    for label in ("safe-2", "safe-4", "safe-6"):
-        gatekeeper.evaluate(ALIGNED, label, folder)
-        gatekeeper.decide(ALIGNED, label, folder)
-    before = verdicts(gatekeeper)
-    gatekeeper.judge = make_judge(unsafe)
+    gatekeeper.evaluate(BASE, "base-0", folder)
+    gatekeeper.evaluate(ALIGNED, "safe-4", folder)
+    gatekeeper.decide(ALIGNED, "safe-4", folder)
+    gatekeeper.judge, gatekeeper.rules = make_judge(unsafe), GateRules(**STRICT)
     shutil.rmtree(gatekeeper.context.run_dir / "eval" / "safe-4")
     gatekeeper.evaluate(ALIGNED, "safe-4", folder)
     gatekeeper.decide(ALIGNED, "safe-4", folder)
-    after = verdicts(gatekeeper)
-    assert [line["label"] for line in after] == ["safe-2", "safe-4", "safe-6"]
-    assert (after[0], after[2]) == (before[0], before[2])
-    assert after[1] != before[1]
+    assert [(line["label"], line["promoted"]) for line in verdicts(gatekeeper)] == [
+        ("safe-4", True),
+        ("safe-4", False),
+    ]
+    assert [line["weights"] for line in verdicts(gatekeeper)] == [model_fingerprint(folder)] * 2
+    assert gatekeeper.promoted == ALIGNED  # what is in promoted/ has its PASS on record
 
 
 @pytest.mark.usefixtures("quick_reports")
