@@ -113,6 +113,9 @@ class OptimizerSteps(Trainer):
         """What a resumed run needs beside weights and optimizer, for JSON."""
         return self.terms.state_dict()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: with every checkpoint TRL writes one, about a model called `checkpoints`, its tags in any order."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint with our state in it, whole or not at all."""
         save = super()._save_checkpoint
