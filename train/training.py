@@ -1,11 +1,13 @@
 """What the training stages share: the trainer's arguments, checkpoints to go on from, progress, gates on the way."""
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import closing
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
@@ -184,6 +186,19 @@ def told_to_end() -> bool:
     return bool(reduce(flag, reduction="sum").item())
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Inside the `with` random numbers may be drawn, of Python, NumPy and torch: those behind it are as without it."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
 class _PreemptionCallback(TrainerCallback):
     """Save and stop behind the step in which the process was told to end, the next one that can be saved."""
 
@@ -214,8 +229,9 @@ class _GateCallback(TrainerCallback):
             return
         model = trainer.accelerator.unwrap_model(trainer.model)
         config, tokenizer = context.recipe.model, trainer.processing_class
-        context.gate_inside(
-            self._name, state.global_step, lambda folder: save_merged(model, tokenizer, config, folder)
-        )
+        with random_state_kept():  # a resumed run finds the report, and draws nothing
+            context.gate_inside(
+                self._name, state.global_step, lambda folder: save_merged(model, tokenizer, config, folder)
+            )
         if context.unsafe_counts is not None:
             trainer.terms.update_from_evaluation(context.unsafe_counts)

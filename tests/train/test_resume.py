@@ -1,12 +1,15 @@
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
+from accelerate.utils import set_seed
 
 from equipoise.train.checkpoints import MANIFEST, STATE_FILE, read_manifest
 from equipoise.train.claim import LAUNCH_FILE
@@ -20,7 +23,7 @@ from equipoise.train.recipe.stages import (
     TokenBiasPenaltyConfig,
     WeightConfig,
 )
-from equipoise.train.training import TrainingError
+from equipoise.train.training import TrainingError, random_state_kept
 
 
 @pytest.fixture
@@ -221,6 +224,21 @@ def test_without_checkpoints_a_stage_begins_anew(
     assert again.started_at == 0
     assert again.metrics == whole.metrics
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_what_an_evaluation_draws_does_not_reach_the_training() -> None:
+    """A resumed run finds the report of an evaluation in the middle of a stage, and draws nothing."""
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    set_seed(3)
+    expected = drawn()
+    set_seed(3)
+    with pytest.raises(KeyError), random_state_kept():
+        drawn()
+        raise KeyError
+    assert drawn() == expected
 
 
 def test_what_came_before_in_the_process_does_not_matter(
