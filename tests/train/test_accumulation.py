@@ -30,7 +30,7 @@ from equipoise.train.trainers.kto import KTOTrainer
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 
 Gradients = list[dict[str, torch.Tensor]]
-SHORT: dict[str, Any] = {"num_steps": 2, "lr_scheduler": "constant", "warmup": 0.0, "evaluate": False}
+SHORT: dict[str, Any] = {"num_steps": 1, "lr_scheduler": "constant", "warmup": 0.0, "evaluate": False}
 WHOLE = {"per_device_batch_size": 8, "gradient_accumulation_steps": 1}
 SPLIT = {"per_device_batch_size": 1, "gradient_accumulation_steps": 8}
 
@@ -50,10 +50,9 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> Gradients:
     return kept
 
 
-def assert_same_first_step(gradients: Gradients) -> None:
-    """Of two runs of two steps: the later steps start from weights that rounding has moved already."""
-    first, other = gradients[0], gradients[2]
-    assert len(gradients) == 4
+def assert_same(gradients: Gradients) -> None:
+    """Of two runs of one step."""
+    first, other = gradients
     assert first.keys() == other.keys()
     assert max(float(gradient.abs().max()) for gradient in first.values()) > 1e-3
     for name, gradient in first.items():
@@ -65,21 +64,12 @@ def assert_same_first_step(gradients: Gradients) -> None:
 # ---- accumulation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        LossConfig(sft_coef=1.0, length_normalised=True),
-        LossConfig(name="ipo", mix={"apo_zero": 0.5}),
-        LossConfig(name="robust", label_smoothing=0.1),
-    ],
-    ids=["sft term, length-normalised", "ipo and apo_zero", "robust"],
-)
-def test_losses_of_pairs(loss: LossConfig, train_stage: Any, make_stage: Any, gradients: Gradients) -> None:
-    """With weights and multipliers a category, and a KL penalty whose coefficient is a category's own."""
+def test_losses_of_pairs(train_stage: Any, make_stage: Any, gradients: Gradients) -> None:
+    """With weights and multipliers a category, a KL penalty whose coefficient is a category's own, and an SFT term."""
     keys = {
         **SHORT,
         "max_grad_norm": 0.0,
-        "loss": loss,
+        "loss": LossConfig(mix={"apo_zero": 0.5}, sft_coef=1.0, length_normalised=True),
         "category": CategoryConfig(
             weight=WeightConfig(mode="inverse_frequency"),
             multiplier=MultiplierConfig(enabled=True, initial={"S1": 2.0}),
@@ -88,14 +78,14 @@ def test_losses_of_pairs(loss: LossConfig, train_stage: Any, make_stage: Any, gr
     }
     for how in (WHOLE, SPLIT):
         train_stage(make_stage(**(keys | how)), run=f"{how}")
-    assert_same_first_step(gradients)
+    assert_same(gradients)
 
 
 def test_sft_with_a_kl_penalty_of_each_category(train_stage: Any, gradients: Gradients) -> None:
     keys = {**SHORT, "max_grad_norm": 0.0, "kl": KLConfig(coef=0.1, per_category={"S10": 1.0})}
     for how in (WHOLE, SPLIT):
         train_stage(SFTStageConfig(**keys, **how), run=f"{how}", runner=run_sft)
-    assert_same_first_step(gradients)
+    assert_same(gradients)
 
 
 def test_kto_but_for_its_reference_point(
@@ -106,14 +96,14 @@ def test_kto_but_for_its_reference_point(
     keys = {**SHORT, "max_grad_norm": 0.0, "split_pairs": True, "kl": KLConfig(coef=0.1)}
     for how in (WHOLE, SPLIT):
         train_stage(KTOStageConfig(**keys, **how), run=f"{how}", runner=run_kto)
-    assert_same_first_step(gradients)
+    assert_same(gradients)
 
 
 @pytest.fixture
 def train_grpo(
     tmp_path: Any, tiny_model_folder: Any, make_data: Callable[..., SafetyData]
 ) -> Callable[..., Any]:
-    """`train_grpo(run, checkpointing=False, **keys)`: two steps of two prompts with four answers."""
+    """`train_grpo(run, checkpointing=False, **keys)`: a step of two prompts with four answers."""
 
     def train(run: str, checkpointing: bool = False, **keys: Any) -> list[dict[str, float]]:
         stage = GRPOStageConfig(
@@ -150,13 +140,13 @@ def train_grpo(
     return train
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_grpo(loss_type: str, train_grpo: Any, gradients: Gradients) -> None:
     """The answers are sampled for the whole step, so they are the same; `bnpo` alone is normalised by microbatch."""
     whole = train_grpo("whole", loss_type=loss_type, per_device_batch_size=8)
     split = train_grpo("split", loss_type=loss_type, per_device_batch_size=2, gradient_accumulation_steps=4)
     assert whole[0]["train/num_tokens"] == split[0]["train/num_tokens"]
-    assert_same_first_step(gradients)
+    assert_same(gradients)
 
 
 # ---- checkpointing --------------------------------------------------------------------------------------------------
@@ -177,12 +167,11 @@ def recomputed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("name", ["preference", "sft", "kto"])
+@pytest.mark.parametrize(("name", "lora"), [("preference", True), ("sft", False), ("kto", True)])
 def test_checkpointing(
     name: str, lora: bool, train_stage: Any, make_stage: Any, gradients: Gradients, recomputed: list[bool]
 ) -> None:
-    """Same losses and gradients; two layers recomputed in each of two steps, and the KL penalty's reference is not."""
+    """Same loss and gradients; two layers recomputed, and the KL penalty's reference not."""
     keys = {**SHORT, "max_grad_norm": 0.0, "kl": KLConfig(coef=0.1)}
     stage, runner = {
         "preference": (make_stage(**keys), None),
@@ -194,15 +183,14 @@ def test_checkpointing(
     for checkpointing in (False, True):
         model = {"gradient_checkpointing": checkpointing, "lora": LoraConfig(enabled=lora)}
         losses.append(train_stage(stage, run=f"{checkpointing}", model=model, **options).series("train/loss"))
-    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert_same_first_step(gradients)
-    assert recomputed == [False] * 2 * 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert_same(gradients)
+    assert recomputed == [False] * 2
 
 
 def test_checkpointing_in_grpo(train_grpo: Any, gradients: Gradients, recomputed: list[bool]) -> None:
     plain = train_grpo("plain", per_device_batch_size=8)
     saving = train_grpo("saving", checkpointing=True, per_device_batch_size=8)
     assert plain[0]["train/kl"] == pytest.approx(saving[0]["train/kl"], abs=1e-6)
-    assert_same_first_step(gradients)
-    assert recomputed == [False] * 2 * 2
+    assert_same(gradients)
+    assert recomputed == [False] * 2

@@ -28,6 +28,7 @@ OVERRIDES = [
     "stages.safe.num_steps=5",
     "stages.safe.learning_rate=1e-3",
     "stages.safe.kl.coef=0.1",
+    "loss.sft_coef=0.5",  # a mean over the tokens of all ranks
     "stages.safe.category.update_every=2",
     "stages.safe.category.margin.enabled=true",
     "stages.safe.category.multiplier.enabled=true",
@@ -103,6 +104,16 @@ def test_two_processes_train_as_one_does(
         assert {name: theirs[name] for name in numbers} == pytest.approx(
             {name: mine[name] for name in numbers}, abs=1e-4, rel=1e-4
         )
+    speeds = [
+        [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    assert [(line["stage"], line["step"]) for line in speeds[1]] == [
+        (line["stage"], line["step"]) for line in speeds[0]
+    ]  # written once, by the first rank
+    for line in (line for run in speeds for line in run if line["stage"] == "safe"):
+        assert line["speed/pairs_per_second"] * line["speed/seconds_per_step"] == pytest.approx(
+            8
+        )  # of all ranks
     assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.02
     assert alone[7]["train/kl"] > 1e-4
     assert alone[10]["train/loss"] < alone[8]["train/loss"] - 0.05

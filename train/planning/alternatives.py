@@ -31,8 +31,13 @@ class Alternative:
     """Of the stage that takes most."""
     passes: float
     """Computing a step, in units of that of the recipe as it is."""
-    cost: tuple[float, ...]
-    """What alternatives are ordered by."""
+    cost: tuple[int, bool, int, float, int]
+    """What alternatives are ordered by: devices, offloading, how other a training, computing, changed keys."""
+
+    def makes_needless(self, other: "Alternative") -> bool:
+        """Whether it is the same training on fewer devices, or on as many without offloading."""
+        num, offloads, training, *_ = self.cost
+        return not offloads and training == other.cost[2] and (num, offloads) < other.cost[:2]
 
     def __str__(self) -> str:
         what = " ".join(self.changes) or "the recipe as it is"
@@ -66,7 +71,11 @@ def alternatives(
             as_asked = engine == training.engine and not method.others
             way = replace(method.training, engine=engine)
             found[key] = list(_ways(stages, rows, way, training, method, launch, room, as_asked))
-    return sorted((way for ways in found.values() for way in ways), key=lambda way: way.cost)[:SHOWN]
+    kept: list[Alternative] = []
+    for one in sorted((one for ways in found.values() for one in ways), key=lambda one: one.cost):
+        if not any(other.makes_needless(one) for other in kept):
+            kept.append(one)
+    return kept[:SHOWN]
 
 
 def _ways(

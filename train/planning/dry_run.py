@@ -3,7 +3,6 @@
 Of the model only its configuration is read, so a 70B model on a cluster is planned on a laptop; `plan.*` says for what.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -157,7 +156,7 @@ def _refuse_what_cannot_fit(
             lines.append(
                 "Over n times the devices a step has n times the examples: divide gradient_accumulation_steps by n."
             )
-    raise PlanError(os.linesep.join(lines))
+    raise PlanError("\n".join(lines))
 
 
 def _less_process(machine: Machine) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from equipoise.train.recipe.stages import CostModelStageConfig, KTOStageConfig, SFTStageConfig
-from equipoise.train.stages.kto import run_kto
+from equipoise.train.recipe.stages import CostModelStageConfig, SFTStageConfig
 from equipoise.train.stages.scorer import run_cost_model
 from equipoise.train.stages.sft import run_sft
 from equipoise.train.trainers import preference as preference_trainer
@@ -48,7 +47,6 @@ def test_a_rate_that_is_far_too_high(train_stage: Any, make_stage: Any, tmp_path
 
 STAGES = {
     "sft": (SFTStageConfig(), run_sft, "nll", "answer"),
-    "kto": (KTOStageConfig(split_pairs=True), run_kto, "loss", "chosen"),
     "cost_model": (CostModelStageConfig(held_out_fraction=0.0), run_cost_model, "loss", "chosen"),
 }
 
@@ -94,6 +92,5 @@ def test_a_gradient_that_is_not_finite_under_a_loss_that_is(
         return loss(weights, logps, *args, **kwargs) + (logps.chosen * 0).sqrt()
 
     monkeypatch.setattr(preference_trainer, "mixed_loss", broken)
-    for norm in (1.0, 0.0):  # clipped and not
-        with pytest.raises(TrainingError, match="step 1: the gradient is not finite, of 8 of 8 examples"):
-            train_stage(make_stage(max_grad_norm=norm), run=f"norm {norm}")
+    with pytest.raises(TrainingError, match="step 1: the gradient is not finite, of 8 of 8 examples"):
+        train_stage(make_stage(max_grad_norm=0.0))

@@ -76,24 +76,10 @@ def test_speeds_of_a_stage(
         assert speeds["speed/pairs_per_second"] * seconds == pytest.approx(8)
         tokens = speeds["speed/tokens_per_second"] * seconds
         assert 8 * 60 < tokens < 8 * 160  # the pairs have 60 to 110 tokens each, and there is padding
+        if phase_memory._can_reset():  # else the system does not tell
+            assert 0.1 < speeds["speed/peak_memory_gib"] <= phase_memory.highest_resident_set() / 2**30
         passes = 2 if lora else 3
         assert speeds["speed/mfu"] * 1e9 * seconds == pytest.approx(passes * 2 * BLOCKS * tokens)
-
-
-@pytest.mark.skipif(
-    not phase_memory._can_reset(), reason="this system does not tell a process its peak memory"
-)
-def test_the_peak_of_a_step_is_measured(
-    train_stage: Any, make_stage: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("equipoise.train.diagnostics.steps.peak_flops", lambda dtype: 1e9)
-    logged: list[float] = []
-    train_stage(
-        make_stage(num_steps=2),
-        log_speed=lambda speeds, step, stage: logged.append(speeds["speed/peak_memory_gib"]),
-    )
-    resident = phase_memory.highest_resident_set() / 2**30
-    assert all(0.1 < peak <= resident for peak in logged)
 
 
 def test_a_profile_of_the_steps_that_were_asked_for(
