@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_does(
         assert line["speed/pairs_per_second"] * line["speed/seconds_per_step"] == pytest.approx(
             8
         )  # of all ranks
-    assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.02
+    assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.01
     assert alone[7]["train/kl"] > 1e-4
     assert alone[10]["train/loss"] < alone[8]["train/loss"] - 0.05
     assert alone[11]["held_out/num_pairs"] == 6  # an odd number of batches a rank: one repeats a batch
