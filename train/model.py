@@ -56,9 +56,8 @@ def load_trainable(
 def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
     """QLoRA (2305.14314): NF4 with double quantisation, computed in the recipe's dtype; None: not quantised.
 
-    PEFT's `prepare_model_for_kbit_training` is left out: it casts embeddings, head and norms to fp32, whose memory (more
-    than the quantisation saves on a small model) buys nothing, as norms compute in fp32 whatever they are stored in.
-    TRL left it out of its trainers for the same reason (trl#4335, trl#4457).
+    PEFT's `prepare_model_for_kbit_training` is left out: it casts embeddings, head and norms to fp32, whose memory buys
+    nothing, as norms compute in fp32 whatever they are stored in. TRL dropped it likewise (trl#4335, trl#4457).
     """
     if config.quantization == "none":
         return None
