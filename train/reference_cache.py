@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from equipoise.eval.fingerprint import model_fingerprint
@@ -33,6 +34,9 @@ def frozen_fingerprint(model: nn.Module) -> str:
     Taken before and after training it shows that the reference did not change.
     """
     digest = hashlib.blake2b(digest_size=16)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # behind a pass it keeps some layers whole
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
@@ -42,7 +46,9 @@ def frozen_fingerprint(model: nn.Module) -> str:
             else getattr(parameter, "ds_tensor", parameter)
         )
         digest.update(name.encode())
-        digest.update(held.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        # A copy: memory that numpy has seen cannot be resized any more, which is how FSDP frees it.
+        copy = held.detach().to("cpu", copy=True).contiguous()
+        digest.update(copy.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

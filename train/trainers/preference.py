@@ -127,6 +127,8 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
 
         Raises TrainingError where the reference is no more: trained over, and not in the cache.
         """
+        if self._reference_in_memory is not None:
+            self._frozen = reference_cache.frozen_fingerprint(self._reference_in_memory)
         dataset = self.train_dataset
         unique = dataset.select(_first_rows(dataset["pair"]))
         path = None
@@ -152,8 +154,6 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         by_pair[:, pairs] = torch.stack(cached)
         chosen, rejected = by_pair.to(self.accelerator.device)
         self._reference_sums = chosen, rejected
-        if self._reference_in_memory is not None:
-            self._frozen = reference_cache.frozen_fingerprint(self._reference_in_memory)
 
     def check_reference(self) -> None:
         """The reference's weights are those that training began with."""
