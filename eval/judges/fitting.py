@@ -124,10 +124,8 @@ def out_of_fold(
     learnt = [origin is None or source.origin != origin for source in sources]
     found = [np.full(len(rows), np.nan) for _, rows, _ in parts]
     for held in _folds(
-        np.concatenate([g for g, yes in zip(groups, asked, strict=True) if yes]),
-        np.concatenate(
-            [g for g, yes in zip(groups, learnt, strict=True) if yes] or [np.array([], dtype=int)]
-        ),
+        np.concatenate([group for group, yes in zip(groups, asked, strict=True) if yes]),
+        {prompt for group, yes in zip(groups, learnt, strict=True) if yes for prompt in group},
     ):
         kept = [
             (features, rows[~np.isin(group, held)], labels[~np.isin(group, held)])
@@ -145,11 +143,11 @@ def out_of_fold(
     return found
 
 
-def _folds(asked: NDArray, learnt: NDArray) -> list[NDArray]:
-    """The prompts to hold out in turn: one fold of all of them where nothing that is learnt shares any."""
-    prompts = np.unique(asked)
-    if not np.isin(prompts, learnt).any():
-        return [prompts]
+def _folds(asked: NDArray, learnt: set[int]) -> list[NDArray]:
+    """The prompts to hold out in turn: all of them at once where they are few, or none of them is learnt from."""
+    prompts = set(asked)
+    if len(prompts) < NUM_FOLDS or prompts.isdisjoint(learnt):
+        return [asked]
     return [asked[outside] for _, outside in GroupKFold(NUM_FOLDS).split(asked, groups=asked)]
 
 
