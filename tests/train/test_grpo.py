@@ -364,3 +364,19 @@ def test_a_cost_model_constrains_each_category_by_its_own_multiplier(
         math.exp(0.01 * (steps[0]["train/cost/addition_1"] + 100)), rel=1e-4
     )
     assert "train/episode_cost/unanswerable" in steps[-1]
+
+
+def test_a_loss_that_is_not_finite_names_its_answers(
+    train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = GRPOTrainer._compute_loss
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *args: loss(*args) * torch.nan)
+    with pytest.raises(
+        TrainingError, match="stage rl, step 1: the loss is not finite, of 8 of 8 examples"
+    ) as stopped:
+        train_grpo(make_stage(per_device_batch_size=4, gradient_accumulation_steps=2))
+    path = Path(str(stopped.value).split("examples are in ")[1].split(",")[0])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"answer {slot}" for slot in range(8)]
+    assert all(row["prompt"] for row in rows)
+    assert {"answer", "category", "entropy_sum", "total"} <= rows[0].keys()
