@@ -70,6 +70,23 @@ def test_what_was_passed_over_is_no_checkpoint_to_keep(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint-4", "checkpoint-6"}
 
 
+@pytest.mark.parametrize(
+    ("content", "damage"),
+    [
+        (b"1235", "weights is not what was written (its hash differs)"),
+        (b"123", "weights has 3 bytes, 4 were written"),
+        (None, "weights is missing"),
+    ],
+)
+def test_damage_is_named(content: bytes | None, damage: str, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 2, {}, write_two)
+    weights = tmp_path / "checkpoint-2" / "weights"
+    weights.unlink()
+    if content is not None:
+        weights.write_bytes(content)
+    assert find_damage(weights.parent) == damage
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_same_step(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 2, {}, write_two)
     (tmp_path / "checkpoint-2" / "optimizer" / "rank0").unlink()

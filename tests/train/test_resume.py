@@ -106,31 +106,16 @@ def let_in(tmp_path: Path) -> None:
     (tmp_path / "interrupted" / LAUNCH_FILE).write_text(text)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "bit": (
-        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
-        "optimizer.pt is not what was written (its hash differs)",
-    ),
-    "torn": (lambda path: path.write_bytes(path.read_bytes()[:100]), "optimizer.pt has 100 bytes, "),
-    "missing": (Path.unlink, "optimizer.pt is missing"),
-    "manifest": (
-        lambda path: path.with_name(MANIFEST).write_text('{"files": {'),
-        "its manifest.json cannot be read",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
-    damage: str, train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
+    train_stage: Any, stage: PreferenceStageConfig, tmp_path: Path
 ) -> None:
     interrupt(train_stage, stage, step=6)
-    found = checkpoints(tmp_path)
-    spoil, said = DAMAGES[damage]
-    spoil(found["checkpoint-4"] / "optimizer.pt")
-    interrupted = train_stage(stage, run="interrupted")
-    assert interrupted.said[0].startswith(f"{found['checkpoint-4']}: {said}")
-    assert interrupted.started_at == 2
+    damaged = checkpoints(tmp_path)["checkpoint-4"] / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    resumed = train_stage(stage, run="interrupted")
+    said = f"{damaged.parent}: optimizer.pt is not what was written (its hash differs); passed over"
+    assert resumed.said[0] == said
+    assert resumed.started_at == 2
 
 
 def test_where_no_checkpoint_is_whole_the_stage_starts_anew_and_says_so(
