@@ -122,7 +122,9 @@ def finished(
 
 
 def files(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    """Name -> when it was written; but for the lock, which every command takes."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
 
 def test_the_folder_of_a_run(finished: Finished) -> None:
