@@ -23,6 +23,6 @@ def _walk(value: Any, path: str, secrets: list[str], problems: Problems) -> None
     elif isinstance(value, str) and without_secrets(value, secrets) != value:
         problems.add(
             without_secrets(path, secrets),
-            "holds a key, token or password, and recipe.yaml, logs and reports would show it. Leave it out, and keep it in "
-            "an environment variable or a credentials file (HF_TOKEN, ~/.netrc; key_env names a server's)",
+            "holds a key, token or password, and recipe.yaml, logs and reports would show it. Leave it out and keep "
+            "it in an environment variable or a credentials file (HF_TOKEN, ~/.netrc; key_env names a server's)",
         )
