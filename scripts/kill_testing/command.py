@@ -190,7 +190,12 @@ class KillTest:
             attempt = self._attempt(recipe, is_cold, moment)
             killed.num_attempts += 1
             if not attempt.killed:
-                break
+                if killed.kills or pattern is not None:
+                    break
+                self._fresh()  # it had ended before its moment came: another one
+                killed.num_attempts = 0
+                moment = self._moment(reference, is_cold, chance)
+                continue
             killed.kills.append(f"{moment}: {where(self._run_dir(recipe), stages)}")
             again = pattern is None and len(killed.kills) < MOST_KILLS and chance.random() < 1 / 3
             moment = self._moment(reference, is_cold, chance) if again else None
