@@ -229,7 +229,8 @@ def save_adapter(model: Any, base: str, folder: Path) -> None:
     model.active_peft_config.base_model_name_or_path = (
         str(base_folder.resolve()) if base_folder.is_dir() else base
     )
-    trained = whole_tensors((name, p) for name, p in model.named_parameters() if "lora_" in name)
+    kept = ((name, p) for name, p in model.named_parameters() if p.requires_grad or "lora_" in name)
+    trained = whole_tensors(kept)
     # The embeddings are never trained with it; asking PEFT to find that out may ask a hub.
     options = {"state_dict": trained, "save_embedding_layers": False}
     from_first(lambda: save_folder(folder, lambda aside: model.save_pretrained(aside, **options)))

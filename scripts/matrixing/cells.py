@@ -109,9 +109,9 @@ TRAINERS: dict[str, Trainer] = {
             "~stages.reward",
             "~stages.cost",
             *_stage("safe_rlhf", 4, "learning_rate=1e-2", "rollout.max_new_tokens=5", "multiplier.eta=1.0"),
+            "stages.safe_rlhf.evaluate=false",
         ],
         scorers=True,
-        judged=True,
     ),
     "grpo": Trainer(
         "answer",

@@ -145,14 +145,14 @@ def test_what_is_rewarded_becomes_likelier(train_grpo: TrainGRPO, monkeypatch: p
     reward_by(monkeypatch, lambda text: float(sum(not c.isalnum() for c in text)))
     stage = make_stage(
         rewards=ONE_REWARD,
-        num_steps=8,
+        num_steps=16,
         learning_rate=5e-2,
         per_device_batch_size=16,
         num_generations=8,
         beta=0.0,
     )
     rewards = [step["train/reward_numeric_answer"] for step in train_grpo(stage).steps]
-    assert sum(rewards[-2:]) > sum(rewards[:2]) + 1
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 1
 
 
 def test_advantages_are_trls_normalise_then_sum(
@@ -207,7 +207,7 @@ def test_bad_rewards_and_empty_answers_are_counted_and_teach_nothing(
 
 def test_an_answer_without_a_token_becomes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = object.__new__(grpo.VerifiableTrainer)
-    trainer.eos_token_ids, trainer._can_share = [2, 7], False
+    trainer.eos_token_ids, trainer.use_vllm = [2, 7], True
     monkeypatch.setattr(
         GRPOTrainer,
         "_generate_single_turn",
@@ -245,9 +245,9 @@ def test_category_weights_follow_the_rewards(train_grpo: TrainGRPO, monkeypatch:
 
 def test_answers_are_used_again_and_ratios_are_clipped(train_grpo: TrainGRPO) -> None:
     stage = make_stage(
-        num_steps=4, num_iterations=2, epsilon=1e-4, learning_rate=1e-2, rewards={"response_length": 1.0}
+        num_steps=4, num_iterations=2, epsilon=1e-4, learning_rate=1e-2, rewards={"answer_format": 1.0}
     )
-    stage = replace(stage, length_limit=1)
+    stage = replace(stage, format_pattern="(?s).*[a-z].*")
     steps = train_grpo(stage).steps
     assert [s["train/num_tokens"] for s in steps[0::2]] == [s["train/num_tokens"] for s in steps[1::2]]
     assert steps[0]["train/clip_rate"] == 0

@@ -124,7 +124,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], list[Any] | None]:
         """An answer without a token (a server may leave its end out) becomes its end token: it can be scored."""
-        if self._can_share and not self.use_vllm:
+        if not self.use_vllm:
             return self._sample(prompt_ids), None
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         end = [self.eos_token_ids[0]]
@@ -136,7 +136,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         return [ids or end for ids in completion_ids], logprobs
 
     def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """TRL's sampling by `generate`, with the prompt encoded once a group; each answer up to its end token.
+        """Answers by `generate`, the prompt encoded once a group where the model permits; each up to its end token.
 
         Every answer has a random stream of its own, a function of seed, step and its number among all ranks' answers:
         the same answers on any number of ranks, and after a resume.
@@ -163,6 +163,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
                 model,
                 prompt_ids,
                 config,
+                share=self._can_share,
                 logits_processor=LogitsProcessorList([*warpers, drawn]),
                 synced_gpus=is_sharded(model),
             ).tolist()

@@ -43,18 +43,24 @@ def grouped(
 
 @torch.no_grad()
 def sample_shared(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    *,
+    share: bool = True,
+    **options: Any,
 ) -> Tensor:
     """Answers (B, L) to `prompts` (B token lists, equal ones among them), as `model.generate(**options)` would.
 
-    Every prompt but its last token goes through the model once; its cache is then copied to the rows that ask it.
+    Every prompt but its last token goes through the model once; its cache is then copied to the rows that ask it. Not
+    share: `generate` does it all, for models whose cache cannot be copied.
     """
     unique = list(dict.fromkeys(tuple(prompt) for prompt in prompts))
     place = {prompt: i for i, prompt in enumerate(unique)}
     input_ids, mask = left_pad(unique, config.pad_token_id, model.device)
     rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=model.device)
     start: dict[str, Any] = {}
-    if input_ids.shape[1] > 1:
+    if share and input_ids.shape[1] > 1:
         cache = DynamicCache(config=model.config)
         model(
             input_ids=input_ids[:, :-1],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MATRIX = Path(__file__).resolve().parents[3] / "scripts" / "matrix"
-CELLS = ("preference:fsdp2", "safe_rlhf:fsdp2")
+CELLS = ("kto:fsdp2", "safe_rlhf:fsdp2")
 
 
 @pytest.mark.slow
