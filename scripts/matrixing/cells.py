@@ -57,7 +57,6 @@ TRAINERS: dict[str, Trainer] = {
                 "num_epochs=1.5",
                 "learning_rate=1e-2",
                 "kl.coef=0.1",
-                "token_bias.coef=0.1",
                 "category.update_every=1",
                 "category.multiplier.enabled=true",
                 "category.weight.mode=group_dro",
