@@ -116,7 +116,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     PartialState(cpu=not torch.cuda.is_available())
     return Accelerator(
         mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # or it reads `auto` of a DeepSpeed file
+        # Else it reads the `auto` of a DeepSpeed file.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
 
 
