@@ -23,7 +23,7 @@ TITLES = {
     "over_refusal": "harmless refused",
     "helpfulness": "helpfulness, nats a token",
 }
-MAX_NAMED = 12
+MAX_NAMED = 6
 """Settings named in a plot; beyond, the table has their names."""
 
 
@@ -88,7 +88,7 @@ def _cross(axes: Axes, results: Results, name: str, colour: str, marker: str, fi
         markerfacecolor=colour if filled else "none",
         markersize=6,
         linewidth=1.0,
-        alpha=0.85,
+        alpha=0.85 if filled else 0.35,
     )
 
 
