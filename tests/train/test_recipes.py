@@ -17,7 +17,7 @@ from equipoise.eval.scorer_card import read_card
 from equipoise.train import gatekeeper as gatekeeper_module
 from equipoise.train import run as run_module
 from equipoise.train.cli import compose
-from equipoise.train.planning import dry_run as dry_run_module
+from equipoise.train.planning import machine as machine_module
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.recipe.stages import TrainingConfig
@@ -101,7 +101,7 @@ def test_a_recipe_is_planned_and_trained(
     monkeypatch.setattr(run_module, "load_judge", lambda recipe: judge)
     # Most of the time, and other tests are about them.
     monkeypatch.setattr(gatekeeper_module, "write_report", lambda *args, **kwargs: None)
-    monkeypatch.setattr(dry_run_module, "_measured_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(machine_module, "measured_flops", lambda dtype: 1e9)
     recipe = loaded(name, tiny_model_folder, tmp_path / "outputs")
 
     recipe.dry_run = True
