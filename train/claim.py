@@ -133,7 +133,11 @@ def _force(run_dir: Path, recipe: Recipe, changed: Mapping[str, tuple[Any, Any]]
 
 
 def _write(run_dir: Path, recipe: Recipe, forced: list[dict[str, Any]]) -> None:
-    recipes = [*recipe_digests(run_dir), recipe_digest(recipe)]
+    # A kill between the two files leaves this recipe's already.
+    recipes = [
+        *(old for old in recipe_digests(run_dir) if old != recipe_digest(recipe)),
+        recipe_digest(recipe),
+    ]
     facts = {**launch(), "versions": versions(), "recipes": recipes, "forced": forced}
     write_aside(run_dir / LAUNCH_FILE, json.dumps(facts, indent=1) + "\n")
     text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)

@@ -54,6 +54,14 @@ def test_the_folder_says_whose_it_is_and_how_it_was_launched(folder: Path, recip
     go_on(folder, recipe)
 
 
+def test_killed_between_the_two_files_the_claim_is_made_again(folder: Path, recipe: Recipe) -> None:
+    before = (folder / LAUNCH_FILE).read_text()
+    (folder / "recipe.yaml").unlink()
+    go_on(folder, recipe)
+    assert (folder / LAUNCH_FILE).read_text() == before
+    assert (folder / "recipe.yaml").exists()
+
+
 def test_what_says_nothing_about_the_result_may_change(folder: Path, recipe: Recipe) -> None:
     go_on(folder, recipe, tracking__tags=["again"], output_dir="moved", resume__keep_last=True)
     assert forced(folder) == []
