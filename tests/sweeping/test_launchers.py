@@ -35,7 +35,7 @@ def make_job(sweeping: Any, tmp_path: Path) -> Callable[..., Any]:
 
 DONE = "open(result, 'w').write('{}'); open(code, 'w').write('3'); raise SystemExit(1)"
 """As `accelerate launch` makes 1 of train.py's 3."""
-CRASH = "print('reading'); raise RuntimeError('out of luck')"
+CRASH = "print('reading', flush=True); raise RuntimeError('out of luck')"
 WAIT = "import time\nopen(result + '.started', 'w')\ntime.sleep(60)"
 
 
