@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import make_model, make_tokenizer
 
 from equipoise.eval.scorer import Scorer
 from equipoise.eval.scorer_card import ScorerCard
@@ -17,42 +16,12 @@ from equipoise.train.scorer import save_scorer
 CATEGORIES = ("S1", "S2", "S10", "helpful")
 PAIRS_A_CATEGORY = (5, 7, 3, 4)
 """Uneven, and 19 together: a pass over them ends in a batch that no number of ranks divides."""
-_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def write_model(folder: Path) -> None:
     """A complete model folder, fp32; two layers, so that there is a shard to free while the next one is gathered."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = _TEMPLATE
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # large enough that answers differ
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
 
 
 def write_pairs(path: Path) -> None:
