@@ -11,3 +11,7 @@ class DataError(EquipoiseError):
 
 class DiskFullError(EquipoiseError):
     """Something could not be written for want of space."""
+
+
+class FirstRankError(EquipoiseError):
+    """The first rank of a run could not do what the others waited for."""

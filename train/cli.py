@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from equipoise.data.errors import DataError, EquipoiseError
+from equipoise.data.errors import DataError, EquipoiseError, FirstRankError
 from equipoise.train.preemption import REQUEUE, Preempted, handled
 from equipoise.train.recipe import RecipeError
 from equipoise.train.recipe.checks import near_misses
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
             code = _run(arguments)
     except EquipoiseError as error:
         code = USER_ERROR
-        consequence = type(error).__name__ == "FirstRankError"  # the first has said what it was
+        consequence = isinstance(error, FirstRankError)  # the first has said what it was
         if first or not (consequence or isinstance(error, _ALIKE_ON_ALL)):
             print(f"{speaker}: {without_secrets(str(error), secret_values())}", file=sys.stderr)
     except KeyboardInterrupt:

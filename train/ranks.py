@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-from equipoise.data.errors import EquipoiseError
+from equipoise.data.errors import FirstRankError
 from equipoise.train.preemption import Preempted
 
 T = TypeVar("T")
@@ -25,10 +25,6 @@ PATIENCE = timedelta(days=7)
 """A first rank that dies is noticed at once, by its closed connection; what it does has time limits of its own."""
 SECONDS_BETWEEN_LOOKS = 0.05
 """A waiting rank sleeps in between, so that its signal handlers run: inside a collective they would not."""
-
-
-class FirstRankError(EquipoiseError):
-    """The first rank could not do what the others waited for."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from equipoise.data.errors import DataError, EquipoiseError
+from equipoise.data.errors import DataError, EquipoiseError, FirstRankError
 from equipoise.train import cli
 from equipoise.train.preemption import Preempted
-from equipoise.train.ranks import FirstRankError
 from equipoise.train.recipe import Recipe, RecipeError
 
 ROOT = Path(__file__).parents[2]

@@ -2,9 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from equipoise.data.errors import FirstRankError
 from equipoise.train import ranks
 from equipoise.train.preemption import Preempted
-from equipoise.train.ranks import FirstRankError, from_first
+from equipoise.train.ranks import from_first
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, told: object) -> None:
