@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,38 +86,75 @@ def test_the_batch_script_is_shell(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-def test_the_batch_script_queues_itself_again(tmp_path: Path) -> None:
-    """With srun and scontrol played by shell scripts: USR1 becomes TERM, 75 becomes a requeue."""
+SLURM = {
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && echo host0; true',
+    "squeue": 'echo "$JOB_STATE"',
+    # As srun does: USR1 goes to the task's first process alone, TERM kills it (SchedMD's srun_job.c, _srun_signal_mgr).
+    "srun": """while [[ $1 == -* ]]; do shift; done
+        "$@" & task=$!
+        trap 'kill -USR1 $task' USR1
+        trap 'kill -KILL $task; exit 137' TERM
+        wait $task; code=$?
+        while kill -0 $task 2>/dev/null; do wait $task; code=$?; done
+        exit $code""",
+}
+"""The commands of Slurm that the batch script calls, played by shell scripts."""
+SAVES = """echo "limit $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >> "$CALLS"
+    trap 'sleep 0.5; echo 75 > "$EQUIPOISE_EXIT_CODE_FILE"; echo saved >> "$CALLS"; exit 1' TERM
+    echo started >> "$CALLS"; while true; do sleep 0.05; done"""
+"""A launcher whose ranks save when they are told to end."""
+SAVES_BEHIND = f"({SAVES}) & wait"
+"""One that is gone at once, as accelerate's is where there is one process; that one saves."""
+KILLED = "trap 'exit 1' TERM; echo started >> \"$CALLS\"; while true; do sleep 0.05; done"
+"""One whose ranks were killed before they had saved."""
+CRASHES = 'echo started >> "$CALLS"; echo 1 > "$EQUIPOISE_EXIT_CODE_FILE"; exit 1'
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "state", "code", "requeued"),
+    [
+        (SAVES, signal.SIGUSR1, "RUNNING", 75, True),
+        (SAVES, signal.SIGTERM, "RUNNING", 75, True),  # preempted
+        (SAVES, signal.SIGTERM, "COMPLETING", 75, False),  # cancelled
+        (SAVES_BEHIND, signal.SIGUSR1, "RUNNING", 75, True),
+        (KILLED, signal.SIGUSR1, "RUNNING", 75, True),
+        (CRASHES, None, "RUNNING", 1, False),
+    ],
+)
+def test_the_batch_script_queues_itself_again(
+    launcher: str, number: signal.Signals | None, state: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
     calls = tmp_path / "calls"
-    fakes = {
-        "scontrol": f'echo "scontrol $*" >> {calls}; [ "$1" = show ] && echo host0; true',
-        "srun": f"trap 'echo 75 > $EQUIPOISE_EXIT_CODE_FILE; echo term >> {calls}; exit 1' TERM\n"
-        f"echo started >> {calls}; while true; do sleep 0.05; done",
-    }
     (tmp_path / "bin").mkdir()
-    for name, body in fakes.items():
+    for name, body in (SLURM | {"accelerate": launcher}).items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {
         "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+        "CALLS": str(calls),
+        "JOB_STATE": state,
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_NODELIST": "host[0-1]",
         "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_GPUS_ON_NODE": "8",
     }
     shell = subprocess.Popen(["bash", RECIPES / "cluster" / "train.sbatch", "recipe=tsdi"], env=environment)
     try:
-        while not calls.exists() or "started" not in calls.read_text():
-            assert shell.poll() is None
-        shell.send_signal(signal.SIGUSR1)
-        assert shell.wait(20) == 75
+        if number is not None:
+            while not calls.exists() or "started" not in calls.read_text():
+                assert shell.poll() is None
+                time.sleep(0.02)
+            shell.send_signal(number)
+        assert shell.wait(20) == code
     finally:
         shell.kill()
-    assert calls.read_text().splitlines() == [
-        "scontrol show hostnames host[0-1]",
-        "started",
-        "term",
-        "scontrol requeue 7",
-    ]
+    told = calls.read_text().splitlines()
+    assert ("saved" in told) == (launcher in (SAVES, SAVES_BEHIND))
+    assert ("limit 270" in told) == ("saved" in told)  # below the 300 s of --signal
+    assert ("scontrol requeue 7" in told) == requeued
+    assert not list(tmp_path.glob(".exit_code*"))
 
 
 def test_the_wandb_sweep_starts_a_run_of_its_own(tmp_path: Path) -> None:
