@@ -13,15 +13,18 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from equipoise.data.errors import EquipoiseError
+from equipoise.data.files import write_aside
 from equipoise.eval.category_report import CategoryReport
 from equipoise.eval.job import EvaluationJob
 from equipoise.eval.report.formats import visible_text
 from equipoise.train import preemption
+from equipoise.train.redaction import key_variables, secret_values, without_secrets
 from equipoise.train.stages.context import Progress
 
 LAUNCHED = re.compile(
@@ -43,7 +46,8 @@ def evaluate_apart(
 ) -> CategoryReport:
     """Run `job` in a process of its own and return its report.
 
-    folder: for the files that parent and child exchange. log: gets what the child prints. timeout: seconds.
+    folder: for the files that parent and child exchange. log: gets what the child prints, keys and tokens taken out
+    when it has ended. timeout: seconds.
     devices: CUDA_VISIBLE_DEVICES of the child; None: as here.
     Raises EvaluationError where there is no report, with the end of the log; Preempted where the child was told to end
     with this process.
@@ -77,6 +81,7 @@ def evaluate_apart(
         finally:
             timer.cancel()
             _end(child)
+            _redact(log, secret_values(key_variables(asdict(job.judge))))
     if code == 0:
         return CategoryReport.from_json(report_file)
     if code == -signal.SIGTERM and preemption.asked():
@@ -109,6 +114,13 @@ def _end(child: "subprocess.Popen[str]") -> None:
     for pipe in (child.stdin, child.stdout):
         if pipe is not None:
             pipe.close()
+
+
+def _redact(log: Path, secrets: list[str]) -> None:
+    """Libraries print what a server said, and with which key it was asked."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if (cleaned := without_secrets(text, secrets)) != text:
+        write_aside(log, cleaned)
 
 
 def _signal(child: "subprocess.Popen[str]", number: signal.Signals) -> None:

@@ -317,7 +317,7 @@ def _finish(
     token_bias: TokenBias | None,
     exit_code: int,
 ) -> dict[str, Any]:
-    """Write summary.json and report.html, print the table; returns the summary."""
+    """Write report.html and summary.json, print the table; returns the summary."""
     recipe, run_dir = context.recipe, context.run_dir
     base = gatekeeper.reports.get(BASE)
     summary: dict[str, Any] = {
@@ -337,7 +337,6 @@ def _finish(
     }
     if changed := forced(run_dir):
         summary["forced"] = changed
-    write_aside(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if gatekeeper.reports:
         rows = None
         if token_bias is not None:
@@ -345,6 +344,8 @@ def _finish(
             rows = token_bias.top_tokens(tokenizer)
         gatekeeper.write_html(run_dir / "report.html", f"seed {recipe.seed}", token_bias_rows=rows)
         console.print(category_table(gatekeeper.reports, find_taxonomy(recipe.data.taxonomy).names))
+    # The last file: scripts/sweep takes a run that has it for done.
+    write_aside(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     for state, result in gatekeeper.verdicts.items():
         say(f"gate, {state}: {result.verdict.value}")
     say(f"promoted: {gatekeeper.promoted or 'nothing'}")

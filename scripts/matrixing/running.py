@@ -41,7 +41,7 @@ def prepare(folder: Path) -> None:
 def run_cells(
     folder: Path, engine: str, trainers: Sequence[str], limit_seconds: float, told: Told
 ) -> dict[str, Result]:
-    """Run an engine's cells that have no result yet; returns all of them: error (None: it ran), seconds, tail.
+    """Run an engine's cells that have not run yet, failed ones again; returns all: error (None: it ran), seconds, tail.
 
     They share a launch, whose imports take longer than a cell. One that fails, or is not done within the limit, ends
     the launch, and those behind it get another.
@@ -52,7 +52,7 @@ def run_cells(
         path = folder / trainer / engine / RESULT
         if path.exists():
             results[trainer] = json.loads(path.read_text(encoding="utf-8"))
-        else:
+        if not path.exists() or results[trainer]["error"]:
             waiting.append(trainer)
 
     def ended(trainer: str, result: Result) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sweeping.points import Point, Sweep
 from equipoise.eval.category_report import CategoryReport
 from equipoise.eval.report.content import worst_category
 from equipoise.train.recipe import Recipe
+from equipoise.train.redaction import key_variables, secret_values, without_secrets
 
 NUM_REPLICATES = 2000
 HELPFULNESS_BELOW_BASE = 1.0
@@ -185,7 +186,10 @@ def collect(sweep: Sweep, min_prompts: int, num_replicates: int = NUM_REPLICATES
     """Read what is there. Raises EquipoiseError where reports cannot be compared, or categories are too small."""
     outcomes = {point: read_outcome(point) for point in sweep.points if point.done}
     failures = {
-        point: json.loads(point.failure.read_text(encoding="utf-8"))
+        point: without_secrets(
+            json.loads(point.failure.read_text(encoding="utf-8")),
+            secret_values(key_variables(asdict(point.recipe))),
+        )
         for point in sweep.points
         if point not in outcomes and point.failure.exists()
     }

@@ -19,7 +19,11 @@ def sweep(sweeping: Any, make_report: Any, finish: Any) -> Any:
             finish(point, make_report(*found[lam]), "PASS" if lam == "4" else "FAIL", inside)
     failed = sweep.points[-1]
     failed.failure.parent.mkdir(parents=True, exist_ok=True)
-    record = {"exit_code": 1, "log": "log", "tail": ["RuntimeError: <script>alert(1)</script>\u202e"]}
+    record = {
+        "exit_code": 1,
+        "log": "log",
+        "tail": ["RuntimeError: <script>alert(1)</script>\u202e", "planted-secret"],
+    }
     failed.failure.write_text(json.dumps(record))
     return sweep
 
@@ -57,13 +61,15 @@ def test_the_table(sweeping: Any, sweep: Any) -> None:
     assert (sweep.folder / first["report"]).parent == sweep.points[0].folder
 
 
-def test_the_page(sweeping: Any, sweep: Any) -> None:
+def test_the_page(sweeping: Any, sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-secret")
     results = sweeping("results").collect(sweep, min_prompts=8, num_replicates=50)
     sweeping("command").write_outputs(results, show=False)
     text = (sweep.folder / "sweep.html").read_text()
     assert "<script" not in text  # escaped, and no script of its own
     assert "&lt;script&gt;" in text
     assert "\u202e" not in text
+    assert "planted" not in text
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org/", "")
     assert text.count("<svg") == 4  # front, trade-off, parallel coordinates, iterations
     assert "style=" not in text

@@ -65,6 +65,15 @@ def test_an_evaluation_that_fails_is_an_error_with_the_end_of_its_log(child: Any
     assert message.endswith("bad⟦U+001B⟧[2J")
 
 
+def test_its_log_keeps_no_key(child: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "planted-secret-1")
+    with pytest.raises(EvaluationError) as raised:
+        child('echo "asked with $SOME_API_KEY, https://me:planted@hub" >&2; exit 1')
+    log = (tmp_path / "eval" / "process.log").read_text()
+    assert log == "asked with ***, https://***@hub\n"
+    assert "planted" not in str(raised.value)
+
+
 def test_a_killed_one_says_so(child: Any) -> None:
     with pytest.raises(EvaluationError, match="was killed by SIGKILL"):
         child("kill -9 $$")

@@ -1,10 +1,13 @@
 """A few cells of `scripts/matrix` in real processes: sharded parameters on two ranks; the rest is run by hand."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +33,25 @@ def test_sharded_parameters_train_as_one_process_does(tmp_path: Path) -> None:
         assert found["passed"], f"{name}: {found}"
         assert found["steps"] >= 4
     assert done.returncode == 0
+
+
+def test_a_cell_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(MATRIX.parent)
+    running = importlib.import_module("matrixing.running")
+    launches: list[list[str]] = []
+
+    def launch(
+        folder: Path, engine: Any, trainers: Sequence[str], limit: float, ended: Callable[..., None]
+    ) -> int:
+        launches.append(list(trainers))
+        for trainer in trainers:
+            (folder / trainer / engine.name).mkdir(parents=True, exist_ok=True)
+            late = len(launches) == 1 and trainer == "kto"
+            ended(trainer, {"error": "not done after 1 s" if late else None, "seconds": 1.0, "tail": []})
+        return len(trainers)
+
+    monkeypatch.setattr(running, "_launch", launch)
+    for _ in range(3):
+        found = running.run_cells(tmp_path, "fsdp2", ["sft", "kto"], 1.0, lambda trainer, result: None)
+    assert launches == [["sft", "kto"], ["kto"]]
+    assert found["kto"]["error"] is None
