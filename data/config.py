@@ -1,4 +1,4 @@
-"""What a recipe says about its data; `train/recipe.py` has it as `data`."""
+"""What a recipe says about its data; `train/recipe/` has it as `data`."""
 
 from dataclasses import dataclass, field
 
