@@ -1,4 +1,4 @@
-"""A random Llama of 30,000 parameters and a byte-level tokenizer, for scripts that train for real, but little."""
+"""A random Llama of 30,000 parameters and a byte-level tokenizer: what scripts and tests train for real, but little."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -1,69 +1,79 @@
 """Fixtures: a tiny random Llama and a byte-level tokenizer with a chat template, made without a network."""
 
+import gc
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: 256 bytes and three special tokens, ChatML template."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+def _tiny_llama() -> ModuleType:
+    """The scripts' module of that name, by its path: scripts/ is no package, and not on the tests' path."""
+    path = Path(__file__).parents[1] / "scripts" / "tiny_llama.py"
+    spec = importlib.util.spec_from_file_location("tiny_llama", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def make_model(seed: int = 0, num_layers: int = 2) -> LlamaForCausalLM:
-    """A random fp32 Llama of about 30,000 parameters, in eval mode."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # large enough that logits differ visibly from uniform
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+tiny_llama = _tiny_llama()
+
+
+def pytest_collection_finish() -> None:
+    """Take what importing has made out of the garbage collector's rounds.
+
+    accelerate collects after every training, which walks through a million objects of imported packages: a second of a
+    test that trains for two.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    return tiny_llama.make_tokenizer()
 
 
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
-    return make_model()
+    return tiny_llama.make_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `from_pretrained` loads; read-only by convention."""
     folder = tmp_path_factory.mktemp("tiny_model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tiny_llama.make_model().save_pretrained(folder)
+    tiny_llama.make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder_in_use() -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
+    """`with folder_in_use(folder) as other`: another process has locked it (`train/locks.py`), until it is killed."""
+    hold = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "file.truncate(0); file.write('process 17 on there'); file.flush(); print('held', flush=True); time.sleep(60)"
+    )
+
+    @contextmanager
+    def held(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", hold, str(folder / ".lock")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+            try:
+                assert other.stdout is not None
+                assert other.stdout.readline() == b"held\n"
+                yield other
+            finally:
+                other.kill()
+
+    return held
