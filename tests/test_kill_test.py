@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from equipoise.train.locks import FolderInUseError
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
@@ -126,6 +128,18 @@ print(hook.num, flush=True)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-9, "2\n"), done.stderr
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"third", "second"}
+
+
+def test_one_test_at_a_time_works_in_a_folder(
+    module: Callable[[str], Any], tmp_path: Path, folder_in_use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = module("command")
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    options = command.argument_parser().parse_args(["--work", str(tmp_path)])
+    with folder_in_use(tmp_path), pytest.raises(FolderInUseError, match=r"give another --work"):
+        command.run(options)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 """A run's folder belongs to one recipe and one launch: claimed by the first command, checked by those that go on."""
 
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -18,6 +16,7 @@ from equipoise.data.files import write_aside
 from equipoise.eval.cache import digest
 from equipoise.eval.terminal import say
 from equipoise.train.checkpoints import checkpoints
+from equipoise.train.locks import locked_folder
 from equipoise.train.planning.engine import Engine
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe, RecipeError
@@ -48,24 +47,21 @@ _LEFT_OVER = re.compile(r"\..+\.\d+(\.part)?|\.saving|\.work")
 def claimed(run_dir: Path, recipe: Recipe) -> Iterator[None]:
     """Inside the `with` this run alone works in the folder, which belongs to its recipe. Collective.
 
-    Raises RecipeError, which names everything that differs, or the process that is at work there.
+    Raises RecipeError, which names everything that differs, or FolderInUseError, which names the process at work there.
     """
-    held: list[IO[str]] = []
+    held = ExitStack()
 
     def claim() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held.extend(_lock(run_dir))
+        advice = "Wait for it to end, or give this run another name or seed."
+        held.enter_context(locked_folder(run_dir, advice))
         if (run_dir / "recipe.yaml").exists():
             _go_on(run_dir, recipe)
         else:
             _write(run_dir, recipe, [])
 
-    try:
+    with held:
         from_first(claim)
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
 def launch() -> dict[str, object]:
@@ -237,23 +233,3 @@ def _tidy(run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)  # it may have lain in a folder that is gone by now
-
-
-def _lock(run_dir: Path) -> list[IO[str]]:
-    """The locked file, to be held; the system unlocks it when the process ends, however it ends."""
-    file = (run_dir / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise RecipeError(
-            f"{run_dir} is in use by {holder}. Wait for it to end, or give this run another name or seed."
-        ) from error
-    except OSError as error:  # a file system without locks
-        say(f"{run_dir} cannot be locked ({error}): take care that only one command at a time runs there")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return [file]

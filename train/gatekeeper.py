@@ -29,6 +29,7 @@ from equipoise.eval.report import write_report
 from equipoise.eval.report.content import ReportContent
 from equipoise.train import base_report
 from equipoise.train.evaluation_process import evaluate_apart
+from equipoise.train.locks import made_once
 from equipoise.train.model import save_folder, unsharded
 from equipoise.train.provenance import provenance
 from equipoise.train.ranks import from_first
@@ -85,10 +86,11 @@ class Gatekeeper:
             report = from_first(lambda: _existing(path, job))
             if new := report is None:
                 shared = from_first(lambda: self._shared_report(job)) if state == BASE else None
-                report = from_first(lambda: self._reused(shared, model_folder))
-                made = report is None
-                report = report or self._made(job, label, work)
-                from_first(lambda: _write(report, [path, shared] if made else [path]))
+                with made_once(shared, "evaluate the base"):
+                    report = from_first(lambda: self._reused(shared, model_folder))
+                    made = report is None
+                    report = report or self._made(job, label, work)
+                    from_first(lambda: _write(report, [path, shared] if made else [path]))
         self.reports[state] = report
         context.unsafe_counts = {c: (rate.count, rate.n) for c, rate in report.unsafe_rate.items()}
         context.log(_metrics(report), 0, label)

@@ -23,6 +23,7 @@ from kill_testing.moments import Moment, drawn, where
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train.cli import compose
+from equipoise.train.locks import locked_folder
 
 RECIPES = ("terms", "kto", "safe_rlhf", "grpo")
 """recipe/kill_<name>.yaml beside this file; one kill after the other takes the next one."""
@@ -89,12 +90,21 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Kill, resume and compare; 0 where every end is identical. What an earlier call did is kept."""
+    """Kill, resume and compare; 0 where every end is identical. What an earlier call did is kept.
+
+    Raises FolderInUseError and KillTestError.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run that it is at ends with it
     torch.set_num_threads(1)  # before anything is computed: a pool of threads would not survive a fork
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     work = options.work.resolve()
-    test = KillTest(work, options.overrides)
+    with locked_folder(work, "Wait for it to end, or give another --work."):
+        return _run(options, KillTest(work, options.overrides))
+
+
+def _run(options: argparse.Namespace, test: "KillTest") -> int:
+    """What `run` does in a folder that is this test's alone."""
+    work = test.work
     test.claim({"seed": options.seed, "overrides": options.overrides, "cold_every": options.cold_every})
     os.environ["EQUIPOISE_CACHE"] = str(work / "cache")
     recipes = options.recipe or RECIPES

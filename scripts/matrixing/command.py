@@ -14,6 +14,8 @@ from matrixing.cells import ENGINES, ONE, TRAINERS
 from matrixing.comparing import TOLERANCE, compare
 from matrixing.running import Result, prepare, run_cells
 
+from equipoise.train.locks import locked_folder
+
 Cell = tuple[str, str]
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "trl", "peft")
 
@@ -46,15 +48,15 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run what is missing, print the table; returns the exit code."""
+    """Run what is missing, print the table; returns the exit code. Raises FolderInUseError."""
     cells = chosen(options.cells)
     with tempfile.TemporaryDirectory() as own:
         folder = (options.out or Path(own)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        prepare(folder)
-        with_one = list(dict.fromkeys([*((trainer, ONE) for trainer, _ in cells), *cells]))
-        results = run_all(folder, with_one, options.jobs, options.limit)
-        found = {cell: judged(folder, cell, results) for cell in cells}
+        with locked_folder(folder, "Wait for it to end, or give another --out."):
+            prepare(folder)
+            with_one = list(dict.fromkeys([*((trainer, ONE) for trainer, _ in cells), *cells]))
+            results = run_all(folder, with_one, options.jobs, options.limit)
+            found = {cell: judged(folder, cell, results) for cell in cells}
     print(table(found))
     if options.json:
         figures = {f"{trainer}:{engine}": figure for (trainer, engine), figure in found.items()}

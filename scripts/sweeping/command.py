@@ -1,4 +1,4 @@
-"""`scripts/sweep`: the command line, the points in waves, and what comes of them."""
+"""`scripts/sweep`: the command line, the points, and what comes of them."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from sweeping import plots
 from sweeping.jobs import Job
 from sweeping.launchers import LAUNCHERS, cluster_settings, run_jobs, visible_gpus
 from sweeping.page import page
-from sweeping.points import Point, Sweep, plan, waves
+from sweeping.points import Point, Sweep, plan
 from sweeping.results import Results, collect, facts, html_path, table
 
 from equipoise.data.errors import EquipoiseError
@@ -74,12 +74,6 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         help="local: GPUs for each point alone (0: all see all)",
     )
     add("--cluster", type=Path, metavar="FILE", help="submitit: its settings, as recipes/cluster/slurm.yaml")
-    add(
-        "--no-pilot",
-        action="store_true",
-        help="start all points at once; else one goes first, and the others find the base's evaluation and the "
-        "reference's log-probabilities done",
-    )
     add("--min-prompts", type=positive, default=8, help="a category with fewer can't be the worst (8)")
     add("--optuna", type=positive, metavar="NUM_TRIALS", help="search so many settings instead of a grid")
     add("--sampler", choices=("tpe", "nsga2"), default="tpe", help="optuna: who proposes settings (tpe)")
@@ -99,22 +93,24 @@ def run(options: argparse.Namespace) -> int:
         sweep = search(options)
     else:
         sweep = plan(options.overrides, options.config_dir)
-        sweep.claim()
-        if not options.report_only:
-            run_points(sweep, options)
+        with sweep.claimed(to_run=not options.report_only):
+            if not options.report_only:
+                run_points(sweep, options)
     results = collect(sweep, options.min_prompts)
     write_outputs(results, show=True)
     return 1 if results.missing else 0
 
 
 def run_points(sweep: Sweep, options: argparse.Namespace, whole: Sweep | None = None) -> None:
-    """Run every point that is not done, in waves (`points.waves`).
+    """Run every point that is not done.
 
     After each the report is written anew, for those who watch: of `whole`, where the points are only a part of it.
     """
     waiting = [point for point in sweep.points if not point.done]
     num_kept = len(sweep.points) - len(waiting)
     say(f"{len(sweep.points)} points in {sweep.folder}" + (f", {num_kept} done before" if num_kept else ""))
+    if not waiting:
+        return
     by_name = {str(point): point for point in waiting}
     num_ended = 0
 
@@ -130,17 +126,15 @@ def run_points(sweep: Sweep, options: argparse.Namespace, whole: Sweep | None = 
             say(f"no report of the sweep: {error}")
 
     command = launch_command(options.launch)
-    cluster = cluster_settings(options.cluster) if options.cluster else None
-    for wave in [waiting] if options.no_pilot else waves(sweep, waiting):
-        run_jobs(
-            [job_of(point, command) for point in wave],
-            launcher=options.launcher,
-            num_jobs=options.jobs,
-            gpus_per_point=options.gpus_per_point,
-            cluster=cluster,
-            folder=sweep.folder,
-            told=told,
-        )
+    run_jobs(
+        [job_of(point, command) for point in waiting],
+        launcher=options.launcher,
+        num_jobs=options.jobs,
+        gpus_per_point=options.gpus_per_point,
+        cluster=cluster_settings(options.cluster) if options.cluster else None,
+        folder=sweep.folder,
+        told=told,
+    )
 
 
 def describe(point: Point, code: int) -> str:

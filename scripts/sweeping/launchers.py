@@ -1,4 +1,4 @@
-"""Who runs the jobs of a wave: this machine, joblib's workers, or a cluster through submitit.
+"""Who runs the jobs: this machine, joblib's workers, or a cluster through submitit.
 
 Each takes the jobs, calls `told` as they end, and returns when all have. An interrupted one leaves no process behind:
 points that were running have saved a checkpoint, and the same command goes on from there.

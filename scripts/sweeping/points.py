@@ -4,8 +4,9 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hydra.errors import HydraException
 from equipoise.data.errors import EquipoiseError
 from equipoise.data.files import write_aside
 from equipoise.train.cli import compose
+from equipoise.train.locks import locked_folder
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.loading import load_recipe
 
@@ -86,11 +88,19 @@ class Sweep:
     points: tuple[Point, ...]
     """In Hydra's order: the last key changes fastest."""
 
-    def claim(self, searched: Mapping[str, Any] | None = None) -> None:
-        """Write what the folder was made for, or refuse to go on with something else.
+    @contextmanager
+    def claimed(self, searched: Mapping[str, Any] | None = None, to_run: bool = True) -> Iterator[None]:
+        """Inside the `with` the folder is this sweep's, and where points are run (`to_run`) nobody else runs any in it.
 
-        More values of the swept keys and more seeds are welcome; another fixed override is another sweep.
+        Raises FolderInUseError, and SweepError where the folder was made for another sweep: more values of the swept
+        keys and more seeds are welcome, another fixed override is not.
         """
+        advice = "Wait for it to end; --report-only shows what there is, and name=... begins another sweep."
+        with locked_folder(self.folder, advice) if to_run else nullcontext():
+            self._claim(searched)
+            yield
+
+    def _claim(self, searched: Mapping[str, Any] | None) -> None:
         path = self.folder / "sweep.json"
         mine = json.loads(
             json.dumps({"fixed": sorted(self.fixed), "swept": sorted(self.swept), "search": searched})
@@ -234,30 +244,3 @@ def _recipe(overrides: tuple[str, ...], config_dir: str | None) -> Recipe:
             "no stage of this recipe is judged; set stages.NAME.evaluate=true for the one that counts"
         )
     return recipe
-
-
-def waves(sweep: Sweep, waiting: Sequence[Point]) -> list[list[Point]]:
-    """The points in the order that pays least: what they share is computed by one of them before the others start.
-
-    The base's evaluation depends on model, data, judge and evaluation; reference log-probabilities on the order of the
-    pairs, that is on the seed, as well. So one point goes first, then one of each other seed, then all the rest.
-    """
-    first: dict[str, Point] = {}
-    second: dict[tuple[str, int], Point] = {}
-    done = [point for point in sweep.points if point.done]
-    for point in [*done, *waiting]:
-        shared = _shared(point.recipe)
-        first.setdefault(shared, point)
-        second.setdefault((shared, point.seed), point)
-    ahead = [point for point in first.values() if not point.done]
-    next_ones = [point for point in second.values() if not point.done and point not in ahead]
-    rest = [point for point in waiting if point not in ahead and point not in next_ones]
-    return [wave for wave in (ahead, next_ones, rest) if wave]
-
-
-def _shared(recipe: Recipe) -> str:
-    keys = asdict(recipe)
-    keys["model"]["lora"] = None  # adapters change neither the base nor the reference
-    return json.dumps(
-        [keys[key] for key in ("model", "data", "judge", "evaluation")], sort_keys=True, default=str
-    )

@@ -45,30 +45,33 @@ def search(options: argparse.Namespace) -> Sweep:
     seeds = [override for override in parsed if override.get_key_element() == SEED]
     fixed = [override for override in parsed if override.get_key_element() not in (*space, SEED)]
     first = _sweep_of(parsed, fixed, seeds, [{name: _middle(d) for name, d in space.items()}], options)
-    first.claim({"space": {name: repr(d) for name, d in space.items()}, "sampler": options.sampler})
-    study = _study(first, options)
-    while not options.report_only:
-        complete = study.get_trials(states=(TrialState.COMPLETE,))
-        left = options.optuna - len(complete)
-        if left <= 0:
-            break
-        # Trials of an interrupted call first; their points go on from their checkpoints.
-        trials: list[Any] = list(study.get_trials(states=(TrialState.RUNNING,)))[: min(options.jobs, left)]
-        trials += [study.ask(space) for _ in range(min(options.jobs, left) - len(trials))]
-        sweep = _sweep_of(parsed, fixed, seeds, [trial.params for trial in trials], options)
-        tried = [trial.params for trial in study.get_trials() if trial.params]
-        run_points(sweep, options, whole=_sweep_of(parsed, fixed, seeds, tried, options))
-        num_failed = 0
-        for trial in trials:
-            values = _objectives(sweep, _setting(sweep, trial.params))
-            if values is None:
-                num_failed += 1
-                study.tell(trial.number, state=TrialState.FAIL)
-            else:
-                study.tell(trial.number, values)
-        if num_failed == len(trials):
-            say("every trial of this round failed; the search stops here, and the same command goes on")
-            break
+    claim = {"space": {name: repr(d) for name, d in space.items()}, "sampler": options.sampler}
+    with first.claimed(claim, to_run=not options.report_only):
+        study = _study(first, options)
+        while not options.report_only:
+            complete = study.get_trials(states=(TrialState.COMPLETE,))
+            left = options.optuna - len(complete)
+            if left <= 0:
+                break
+            # Trials of an interrupted call first; their points go on from their checkpoints.
+            trials: list[Any] = list(study.get_trials(states=(TrialState.RUNNING,)))[
+                : min(options.jobs, left)
+            ]
+            trials += [study.ask(space) for _ in range(min(options.jobs, left) - len(trials))]
+            sweep = _sweep_of(parsed, fixed, seeds, [trial.params for trial in trials], options)
+            tried = [trial.params for trial in study.get_trials() if trial.params]
+            run_points(sweep, options, whole=_sweep_of(parsed, fixed, seeds, tried, options))
+            num_failed = 0
+            for trial in trials:
+                values = _objectives(sweep, _setting(sweep, trial.params))
+                if values is None:
+                    num_failed += 1
+                    study.tell(trial.number, state=TrialState.FAIL)
+                else:
+                    study.tell(trial.number, values)
+            if num_failed == len(trials):
+                say("every trial of this round failed; the search stops here, and the same command goes on")
+                break
     tried = [trial.params for trial in study.get_trials() if trial.params]
     return _sweep_of(parsed, fixed, seeds, tried, options) if tried else first
 

@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 
+from equipoise.train.locks import FolderInUseError
+
 
 def test_a_grid_in_hydras_grammar(sweeping: Any, tmp_path: Path) -> None:
     sweep = sweeping("points").plan(["recipe=tsdi", "beta=0.05,0.1", "lam=choice(1,4)", "seed=range(1,3)"])
@@ -73,20 +75,23 @@ def test_names_of_settings_are_folders_and_never_shared(sweeping: Any) -> None:
 
 def test_more_values_are_welcome_and_another_recipe_is_not(sweeping: Any) -> None:
     points = sweeping("points")
-    points.plan(["recipe=tsdi", "lam=1,4", "seed=1"]).claim()
-    points.plan(["recipe=tsdi", "lam=1,4,10", "seed=1,2"]).claim()
-    with pytest.raises(points.SweepError, match=r"holds another sweep: fixed was .*name=\.\.\."):
-        points.plan(["recipe=tsdi", "lam=1,4", "beta=0.5"]).claim()
+    for overrides in (["lam=1,4", "seed=1"], ["lam=1,4,10", "seed=1,2"]):
+        with points.plan(["recipe=tsdi", *overrides]).claimed():
+            pass
+    with (
+        pytest.raises(points.SweepError, match=r"holds another sweep: fixed was .*name=\.\.\."),
+        points.plan(["recipe=tsdi", "lam=1,4", "beta=0.5"]).claimed(),
+    ):
+        pass
 
 
-def test_one_point_goes_ahead(sweeping: Any) -> None:
-    """The base is judged by the first, the order of the pairs is each seed's own; then all the rest at once."""
-    points = sweeping("points")
-    sweep = points.plan(["recipe=tsdi", "lam=1,4", "seed=1,2"])
-    names = [[str(point) for point in wave] for wave in points.waves(sweep, sweep.points)]
-    assert names == [["lam-1/seed1"], ["lam-1/seed2"], ["lam-4/seed1", "lam-4/seed2"]]
-    done = sweep.points[0]
-    done.folder.mkdir(parents=True)
-    (done.folder / "summary.json").write_text("{}")
-    names = [[str(point) for point in wave] for wave in points.waves(sweep, sweep.points[1:])]
-    assert names == [["lam-1/seed2"], ["lam-4/seed1", "lam-4/seed2"]]
+def test_one_sweep_at_a_time_runs_points_in_a_folder(sweeping: Any, folder_in_use: Any) -> None:
+    sweep = sweeping("points").plan(["recipe=tsdi", "lam=1,4", "seed=1"])
+    with (
+        folder_in_use(sweep.folder),
+        pytest.raises(FolderInUseError, match=r"in use by process 17 on there.*--report-only"),
+        sweep.claimed(),
+    ):
+        pass
+    with folder_in_use(sweep.folder), sweep.claimed(to_run=False):
+        assert (sweep.folder / "sweep.json").exists()

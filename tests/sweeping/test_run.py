@@ -1,6 +1,7 @@
 """A real sweep on the tiny model, one process a point."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,35 +27,41 @@ def test_a_sweep_fails_in_a_point_goes_on_and_is_completed(
         .argument_parser("sweep")
         .parse_intermixed_args(
             [
-                *("recipe=dpo", "beta=0.1,0.5", "seed=1", "model=hub", f"model.id={tiny_model_folder}"),
+                *("recipe=dpo", "beta=0.1,0.5,1", "seed=1", "model=hub", f"model.id={tiny_model_folder}"),
                 *("model.dtype=float32", "stages.safe.num_steps=2", "evaluation.max_new_tokens=3"),
-                *("--min-prompts", "2", "--launch", f"{sys.executable} {ENTRY}"),
+                *("--min-prompts", "2", "--launch", f"{sys.executable} {ENTRY}", "--jobs", "2"),
             ]
         )
     )
     run = sweeping("command").run
     assert run(options) == 1
     folder = tmp_path / "outputs" / "dpo" / "points"
-    failed, done = folder / "beta-0.1", folder / "beta-0.5"
+    failed, *done = (folder / name for name in ("beta-0.1", "beta-0.5", "beta-1"))
     failure = json.loads((failed / "seed1.failed.json").read_text())
     assert failure["tail"][-1] == "RuntimeError: a point that was told to fail"
-    summary = json.loads((done / "seed1" / "summary.json").read_text())
-    assert (done / "seed1" / "recipe.yaml").exists()
-    assert "judged 24 answers" in (done / "seed1.log").read_text()  # 12 of the base, 12 of the trained model
-    written = (done / "seed1" / "summary.json").stat().st_mtime_ns
+    summaries = [json.loads((point / "seed1" / "summary.json").read_text()) for point in done]
+    assert all((point / "seed1" / "recipe.yaml").exists() for point in done)
+    # Both started at once. One judged the base (12 answers) beside its own model, the other waited for the report.
+    judged = [
+        int(re.findall(r"judged (\d+) answers", (point / "seed1.log").read_text())[0]) for point in done
+    ]
+    assert sorted(judged) == [12, 24]
+    hits = [summary["stages"]["safe"]["reference_cache_hit"] for summary in summaries]
+    assert sorted(hits) == [False, True]
+    assert summaries[0]["states"]["base"] == summaries[1]["states"]["base"]
+    written = [(point / "seed1" / "summary.json").stat().st_mtime_ns for point in done]
 
     monkeypatch.delenv("FAIL_ON")
     assert run(options) == 0
-    assert (done / "seed1" / "summary.json").stat().st_mtime_ns == written
+    assert [(point / "seed1" / "summary.json").stat().st_mtime_ns for point in done] == written
     assert not (failed / "seed1.failed.json").exists()
     log = (failed / "seed1.log").read_text()
     assert "base: evaluated before" in log
-    assert "judged 12 answers" in log  # the base's report was there
+    assert "judged 12 answers" in log
     other = json.loads((failed / "seed1" / "summary.json").read_text())
     assert other["stages"]["safe"]["reference_cache_hit"]
-    assert not summary["stages"]["safe"]["reference_cache_hit"]
-    assert other["states"]["base"] == summary["states"]["base"]
-    assert "2 of 2 points done, 0 failed" in (folder.parent / "sweep.html").read_text()
+    assert other["states"]["base"] == summaries[0]["states"]["base"]
+    assert "3 of 3 points done, 0 failed" in (folder.parent / "sweep.html").read_text()
     printed = capsys.readouterr().out
-    assert "2 points in" in printed
-    assert "1 done before" in printed
+    assert "3 points in" in printed
+    assert "2 done before" in printed

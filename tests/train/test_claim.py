@@ -1,7 +1,5 @@
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import yaml
 
 from equipoise.train import claim as claim_module
 from equipoise.train.claim import LAUNCH_FILE, claimed, forced, recipe_digest, recipe_digests
+from equipoise.train.locks import FolderInUseError
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.stages import PreferenceStageConfig
 
@@ -215,17 +214,11 @@ def test_versions_that_changed_are_said(
     assert "and is 99 now: the end may differ in the last bits" in said
 
 
-def test_one_process_at_a_time_works_in_a_folder(folder: Path, recipe: Recipe) -> None:
+def test_one_process_at_a_time_works_in_a_folder(folder: Path, recipe: Recipe, folder_in_use: Any) -> None:
     """The other one holds the lock, and loses it when it is killed."""
-    hold = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
-        "file.truncate(0); file.write('process 17 on there'); file.flush(); print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", hold, folder / ".lock"], stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(RecipeError, match=r"is in use by process 17 on there\. Wait for it to end"):
+    with folder_in_use(folder) as other:
+        with pytest.raises(FolderInUseError, match=r"is in use by process 17 on there\. Wait for it to end"):
             go_on(folder, recipe)
         other.kill()
         other.wait()
-    go_on(folder, recipe)
+        go_on(folder, recipe)

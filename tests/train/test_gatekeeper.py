@@ -2,6 +2,8 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,20 @@ def test_a_report_that_is_there_is_not_made_again(gatekeeper: Gatekeeper) -> Non
     assert gatekeeper.context.unsafe_counts == {"S1": (0, 2), "S2": (0, 2), "S10": (0, 2)}
     metrics, once_more = gatekeeper.logged  # type: ignore[attr-defined]
     assert once_more == metrics  # the file leaves out what it has
+
+
+@pytest.mark.usefixtures("quick_reports")
+def test_of_runs_that_start_together_one_judges_the_base(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
+    context = gatekeeper.context
+    keepers = []
+    for name in ("a", "b"):
+        shutil.copytree(context.run_dir, tmp_path / name)
+        keepers.append(replace(gatekeeper, context=replace(context, run_dir=tmp_path / name), reports={}))
+    with ThreadPoolExecutor() as pool:
+        reports = list(pool.map(lambda keeper: keeper.evaluate(BASE, "base-0", context.base_folder), keepers))
+    assert gatekeeper.judge is not None
+    assert gatekeeper.judge.num_judged == 12  # type: ignore[attr-defined]
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.usefixtures("quick_reports")

@@ -8,6 +8,7 @@ Kept from TRL: adapters, reference handling, checkpoints, accelerate and DeepSpe
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers
+from equipoise.train.locks import made_once
 from equipoise.train.losses.preference import PairLogps, mixed_loss, sft_loss
 from equipoise.train.pairs import (
     PairCollator,
@@ -136,24 +138,31 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
             model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
             dtype = f"{model.dtype}".removeprefix("torch.") + ("-autocast" if self.args.bf16 else "")
             path = reference_cache.cache_file(self._reference_key, dataset_key(unique), dtype)
-        cached = None if path is None else reference_cache.load(path, len(unique))
-        # Ranks have to agree: another run may have written the file between their looking, or on one machine only.
-        found = torch.tensor([cached is not None], device=self.accelerator.device)
-        self.reference_cache_hit = bool(self.accelerator.gather(found).all())
-        if cached is None or not self.reference_cache_hit:
-            if self.state.global_step and self._reference_in_memory is None:
-                raise TrainingError(
-                    f"the reference's log-probabilities are not in the cache any more ({path}), and its weights have "
-                    f"been trained; remove {self.args.output_dir} to start the stage anew"
-                )
-            cached = self._reference_logps(unique, self.args.per_device_train_batch_size)
-            if path is not None and self.accelerator.is_main_process:
-                reference_cache.save(path, *cached)
+        with made_once(path, "compute the reference's log-probabilities"):
+            sums = self._found_or_computed(unique, path)
         pairs = torch.tensor(unique["pair"])
         by_pair = torch.full((2, int(pairs.max()) + 1), torch.nan)
-        by_pair[:, pairs] = torch.stack(cached)
+        by_pair[:, pairs] = torch.stack(sums)
         chosen, rejected = by_pair.to(self.accelerator.device)
         self._reference_sums = chosen, rejected
+
+    def _found_or_computed(self, dataset: Dataset, path: Path | None) -> tuple[Tensor, Tensor]:
+        """(chosen (n,), rejected (n,)): from `path` where every rank finds them, else computed and saved there."""
+        cached = None if path is None else reference_cache.load(path, len(dataset))
+        # Ranks have to agree: the file may be on one machine only.
+        found = torch.tensor([cached is not None], device=self.accelerator.device)
+        self.reference_cache_hit = bool(self.accelerator.gather(found).all())
+        if cached is not None and self.reference_cache_hit:
+            return cached
+        if self.state.global_step and self._reference_in_memory is None:
+            raise TrainingError(
+                f"the reference's log-probabilities are not in the cache any more ({path}), and its weights have been "
+                f"trained; remove {self.args.output_dir} to start the stage anew"
+            )
+        computed = self._reference_logps(dataset, self.args.per_device_train_batch_size)
+        if path is not None and self.accelerator.is_main_process:
+            reference_cache.save(path, *computed)
+        return computed
 
     def check_reference(self) -> None:
         """The reference's weights are those that training began with."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from equipoise.train.locks import FolderInUseError
+
 MATRIX = Path(__file__).resolve().parents[3] / "scripts" / "matrix"
 CELLS = ("kto:fsdp2", "safe_rlhf:fsdp2")
 
@@ -55,3 +57,14 @@ def test_a_cell_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
         found = running.run_cells(tmp_path, "fsdp2", ["sft", "kto"], 1.0, lambda trainer, result: None)
     assert launches == [["sft", "kto"], ["kto"]]
     assert found["kto"]["error"] is None
+
+
+def test_one_matrix_at_a_time_works_in_a_folder(
+    tmp_path: Path, folder_in_use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(MATRIX.parent)
+    command = importlib.import_module("matrixing.command")
+    options = command.argument_parser("matrix").parse_args(["--cells", "sft:ddp", "--out", str(tmp_path)])
+    with folder_in_use(tmp_path), pytest.raises(FolderInUseError, match=r"give another --out"):
+        command.run(options)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
