@@ -1,9 +1,13 @@
+import os
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from equipoise.data.errors import FirstRankError
-from equipoise.train import ranks
+from equipoise.train import cli, ranks
 from equipoise.train.preemption import Preempted
 from equipoise.train.ranks import from_first
 
@@ -51,3 +55,44 @@ def test_ranks_that_are_gone_do_not_hide_why_the_first_one_ends(monkeypatch: pyt
         from_first(lambda: fail(Preempted()))
     with pytest.raises(RuntimeError, match="Connection closed"):
         from_first(lambda: None)
+
+
+DIES = """
+import os, signal, time
+from accelerate import PartialState
+from equipoise.train.ranks import from_first
+PartialState(cpu=True)
+from_first(lambda: None)
+started = time.monotonic()
+try:
+    from_first(lambda: os.kill(os.getpid(), signal.SIGKILL))
+except RuntimeError as error:
+    print(f"{time.monotonic() - started} {error}")
+"""
+
+
+def test_a_first_rank_that_is_killed_is_noticed_by_those_that_wait() -> None:
+    """Two real processes; in a group whose own patience is days."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    first, other = (
+        subprocess.Popen(
+            [sys.executable, "-c", DIES],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    try:
+        said, _ = other.communicate(timeout=100)
+        assert first.wait(10) == -9
+    finally:
+        first.kill()
+        other.kill()
+        first.communicate()
+    seconds, _, message = said.partition(" ")
+    assert float(seconds) < 10
+    assert any(gone in message for gone in cli._GONE)  # told as another rank's end, not as a crash
