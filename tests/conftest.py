@@ -27,6 +27,15 @@ def _tiny_llama() -> ModuleType:
 tiny_llama = _tiny_llama()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, and training before the rest.
+
+    With `--dist loadfile` a worker that is free takes the next file: what is left to the end should be short.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, "train" not in item.path.parts))
+
+
 def pytest_collection_finish() -> None:
     """Take what importing has made out of the garbage collector's rounds.
 

@@ -1,19 +1,28 @@
 """Fixtures of the training side: made-up pairs, recipes on the tiny model, and one call that trains a stage."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.data.schema import HELPFUL, Exchange, PreferencePair, Turn
 from equipoise.data.sources import SafetyData
 from equipoise.eval.judges.base import JudgeCard, Judgement, Verdict
-from equipoise.train.recipe import ModelConfig, Recipe
-from equipoise.train.recipe.stages import PreferenceStageConfig, StageConfig
+from equipoise.eval.models import load_model
+from equipoise.eval.scorer import Scorer
+from equipoise.eval.scorer_card import ScorerCard
+from equipoise.train import run as run_module
+from equipoise.train.recipe import EvaluationConfig, GateConfig, ModelConfig, Recipe
+from equipoise.train.recipe.stages import PreferenceStageConfig, StageConfig, TokenBiasStageConfig
+from equipoise.train.scorer import save_scorer
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.preference import run_preference
 
@@ -127,6 +136,20 @@ def make_judge() -> Callable[[Callable[[str, str], bool]], FakeJudge]:
     return FakeJudge
 
 
+@pytest.fixture(scope="session")
+def scorers(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> dict[str, str]:
+    """A reward and a cost model with adapters on the tiny model, their heads random: kind -> folder."""
+    folder = tmp_path_factory.mktemp("scorers")
+    for seed, kind in enumerate(("reward", "cost")):
+        torch.manual_seed(seed)
+        model, tokenizer = load_model(str(tiny_model_folder), dtype="float32")
+        config = PeftLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        scorer = Scorer(get_peft_model(model, config))
+        nn.init.normal_(scorer.score_head.weight, std=0.3)
+        save_scorer(scorer, tokenizer, folder / kind, ScorerCard(kind, backbone=str(tiny_model_folder)))
+    return {kind: str(folder / kind) for kind in ("reward", "cost")}
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of the test's own."""
@@ -180,3 +203,78 @@ def train_stage(tmp_path: Path, tiny_model_folder: Path, cache: Path) -> TrainSt
         return Trained(result, metrics, said, context.stage_dir("safe"), done, starts[0])
 
     return train
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def _run_recipe(folder: Path, model: Path) -> Recipe:
+    return Recipe(
+        name="test",
+        output_dir=str(folder),
+        stages={
+            "helpful": _stage(mixture={"helpful": 1.0}, num_steps=2),
+            "safe": _stage(num_steps=2, evaluate=True),
+            "token_bias": TokenBiasStageConfig(num_prompts=4, num_positions=2, prompt_tokens=4),
+        },
+        model=ModelConfig(id=str(model), dtype="float32"),
+        evaluation=EvaluationConfig(max_new_tokens=3),
+        gate=GateConfig(
+            # With an alpha like this two prompts a category are enough to say something.
+            rules={
+                "category_limit": 1.0,
+                "overall_limit": 1.0,
+                "alpha": 0.9,
+                "over_refusal_margin": 1.0,
+                "helpfulness_margin": 100.0,
+                "min_samples": 1,
+            }
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_run_recipe(tiny_model_folder: Path) -> Callable[[Path], Recipe]:
+    """`make_run_recipe(output_dir)`: helpful, safe, token bias, as the recipe tsdi has them, two steps each."""
+    return lambda folder: _run_recipe(folder, tiny_model_folder)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, make_run_recipe: Callable[[Path], Recipe]) -> Recipe:
+    """One of the test's own."""
+    return make_run_recipe(tmp_path / "outputs")
+
+
+@dataclass
+class Surroundings:
+    """What a run is given here instead of the shipped data and the embedded judge; both may be set anew."""
+
+    data: SafetyData
+    judge: Any
+
+
+def _surround(patch: pytest.MonkeyPatch) -> Surroundings:
+    around = Surroundings(_data(), FakeJudge(lambda prompt, response: False))
+    patch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(around.data))
+    patch.setattr(run_module, "load_judge", lambda recipe: around.judge)
+    return around
+
+
+@pytest.fixture(scope="session")
+def surround() -> Callable[[pytest.MonkeyPatch], Surroundings]:
+    """`surround(patch)`: see `Surroundings`; nothing is unsafe."""
+    return _surround
+
+
+@pytest.fixture
+def surroundings(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Surroundings:
+    """Of the test's own, and a cache as well."""
+    return _surround(monkeypatch)
+
+
+@pytest.fixture
+def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTML without plots: they take a second each, and have tests of their own."""
+    monkeypatch.setattr(
+        "equipoise.train.gatekeeper.write_report", lambda path, *_, **__: path.write_text("<html>")
+    )

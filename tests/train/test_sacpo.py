@@ -1,6 +1,5 @@
 """SACPO: stages that start from one another, lambda by category, and P-SACPO's merged models."""
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -13,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from equipoise.data.sources import SafetyData
-from equipoise.train import run as run_module
 from equipoise.train.merging import Adapter, Weights, add_adapters
-from equipoise.train.recipe import EvaluationConfig, GateConfig, ModelConfig, Recipe
+from equipoise.train.recipe import GateConfig, ModelConfig, Recipe
 from equipoise.train.recipe.stages import (
     CategoryConfig,
     KTOStageConfig,
@@ -31,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def run_stages(
-    tmp_path: Path, tiny_model_folder: Path, make_data: Any, make_judge: Any, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, surroundings: Any, quick_reports: None, make_judge: Any
 ) -> Callable[..., Path]:
     """`run_stages(stages, unsafe=..., every=0)`: a whole run on the tiny model with made-up data; its folder."""
 
@@ -40,23 +38,12 @@ def run_stages(
         unsafe: Callable[[str, str], bool] = lambda p, r: False,
         every: int = 0,
     ) -> Path:
-        monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-        data: SafetyData = make_data()
-        monkeypatch.setattr(run_module, "load_data", lambda *_: copy.deepcopy(data))
-        monkeypatch.setattr(run_module, "load_judge", lambda recipe: make_judge(unsafe))
-        monkeypatch.setattr(
-            "equipoise.train.gatekeeper.write_report", lambda path, *_, **__: path.write_text("<html>")
-        )
-        recipe = Recipe(
-            name="test",
-            output_dir=str(tmp_path / "outputs"),
-            stages=dict(stages),
-            model=ModelConfig(id=str(tiny_model_folder), dtype="float32"),
-            evaluation=EvaluationConfig(max_new_tokens=2, baseline=any(s.evaluate for s in stages.values())),
-            gate=GateConfig(every=every, rules={"min_samples": 1, "alpha": 0.9}),
-        )
+        surroundings.judge = make_judge(unsafe)
+        recipe.stages = dict(stages)
+        recipe.evaluation.baseline = any(stage.evaluate for stage in stages.values())
+        recipe.gate = GateConfig(every=every, rules={"min_samples": 1, "alpha": 0.9})
         run(recipe)
-        return tmp_path / "outputs" / "test" / "seed0"
+        return Path(recipe.output_dir) / "test" / "seed0"
 
     return train
 
