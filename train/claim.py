@@ -1,8 +1,10 @@
 """A run's folder belongs to one recipe and one launch: claimed by the first command, checked by those that go on."""
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from equipoise.data.files import write_aside
 from equipoise.eval.cache import digest
@@ -21,6 +25,8 @@ from equipoise.train.planning.engine import Engine
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe, RecipeError
 
+RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe; with it the folder is claimed."""
 LAUNCH_FILE = "launch.json"
 """How the run was launched, with which versions, and what `resume.force` changed."""
 
@@ -39,6 +45,8 @@ _SOUND_IN_STAGES = frozenset(
 )
 """The same in every stage; how many examples a step has is looked at by itself."""
 
+SECONDS_TO_APPEAR = 60.0
+"""What one machine writes another may see late: NFS keeps attributes for so long."""
 _LEFT_OVER = re.compile(r"\..+\.\d+(\.part)?|\.saving|\.work")
 """What `write_aside`, `save_folder` and `save_checkpoint` write before they rename it, and what an evaluation needs."""
 
@@ -47,21 +55,42 @@ _LEFT_OVER = re.compile(r"\..+\.\d+(\.part)?|\.saving|\.work")
 def claimed(run_dir: Path, recipe: Recipe) -> Iterator[None]:
     """Inside the `with` this run alone works in the folder, which belongs to its recipe. Collective.
 
-    Raises RecipeError, which names everything that differs, or FolderInUseError, which names the process at work there.
+    Raises RecipeError, which names everything that differs or the machines that do not share the folder, or
+    FolderInUseError, which names the process at work there.
     """
     held = ExitStack()
 
-    def claim() -> None:
+    def claim() -> str:
         advice = "Wait for it to end, or give this run another name or seed."
         held.enter_context(locked_folder(run_dir, advice))
-        if (run_dir / "recipe.yaml").exists():
+        if (run_dir / RECIPE_FILE).exists():
             _go_on(run_dir, recipe)
         else:
             _write(run_dir, recipe, [])
+        return (run_dir / RECIPE_FILE).read_text(encoding="utf-8")
 
     with held:
-        from_first(claim)
+        _check_shared(run_dir, from_first(claim))
         yield
+
+
+def _check_shared(run_dir: Path, text: str) -> None:
+    """Raise RecipeError, on all ranks, where one does not see the recipe that the first has written. Collective."""
+    if PartialState().num_processes == 1:
+        return
+    path = run_dir / RECIPE_FILE
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not (seen := path.exists() and path.read_text(encoding="utf-8") == text):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    blind = sorted({host for host in gather_object([None if seen else os.uname().nodename]) if host})
+    if blind:
+        raise RecipeError(
+            f"{run_dir} is not shared: {', '.join(blind)} cannot see what the first process has written there. All "
+            "processes of a run read and write one folder; give it output_dir=... on a file system that its machines "
+            "share."
+        )
 
 
 def launch() -> dict[str, object]:
@@ -94,7 +123,7 @@ def forced(run_dir: Path) -> list[dict[str, Any]]:
 
 def _go_on(run_dir: Path, recipe: Recipe) -> None:
     """Compare with what the folder was made for; tidy up behind an interrupted run."""
-    theirs = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+    theirs = yaml.safe_load((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
     before = _read_launch(run_dir)
     was = {key: before[key] for key in launch() if key in before}
     changed = _different(theirs, asdict(recipe)) | _different(was, launch() if was else {})
@@ -137,7 +166,7 @@ def _write(run_dir: Path, recipe: Recipe, forced: list[dict[str, Any]]) -> None:
     facts = {**launch(), "versions": versions(), "recipes": recipes, "forced": forced}
     write_aside(run_dir / LAUNCH_FILE, json.dumps(facts, indent=1) + "\n")
     text = yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
-    write_aside(run_dir / "recipe.yaml", text)  # the last: with it the folder is claimed
+    write_aside(run_dir / RECIPE_FILE, text)  # the last: with it the folder is claimed
 
 
 def _read_launch(run_dir: Path) -> dict[str, Any]:

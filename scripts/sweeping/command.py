@@ -13,7 +13,7 @@ from comparison.figures import FIGURES
 from comparison.methods import BASE
 from rich.table import Table
 from sweeping import plots
-from sweeping.jobs import Job
+from sweeping.jobs import GRACE_SECONDS, Job
 from sweeping.launchers import LAUNCHERS, cluster_settings, run_jobs, visible_gpus
 from sweeping.page import page
 from sweeping.points import Point, Sweep, plan
@@ -26,6 +26,8 @@ from equipoise.eval.terminal import console, say
 from equipoise.train.cli import EXIT_CODE_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{GRACE_SECONDS - 10:.0f}"}
+"""Of a point, where it is not set. torchrun would give ranks that are told to end 30 s to save."""
 
 DESCRIPTION = """\
 Run train.py once for every combination of values, in Hydra's grammar, and hold the points against each other: the
@@ -166,7 +168,7 @@ def job_of(point: Point, command: Sequence[str]) -> Job:
         result=str(point.folder / "summary.json"),
         exit_code_file=str(point.folder.with_name(f"{point.folder.name}.exit_code")),
         exit_code_variable=EXIT_CODE_FILE,
-        environment={"PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "1")},
+        environment={name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()},
     )
 
 

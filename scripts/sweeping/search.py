@@ -48,6 +48,8 @@ def search(options: argparse.Namespace) -> Sweep:
     claim = {"space": {name: repr(d) for name, d in space.items()}, "sampler": options.sampler}
     with first.claimed(claim, to_run=not options.report_only):
         study = _study(first, options)
+        if not options.report_only:
+            _forget_torn(study, space)
         while not options.report_only:
             complete = study.get_trials(states=(TrialState.COMPLETE,))
             left = options.optuna - len(complete)
@@ -59,8 +61,7 @@ def search(options: argparse.Namespace) -> Sweep:
             ]
             trials += [study.ask(space) for _ in range(min(options.jobs, left) - len(trials))]
             sweep = _sweep_of(parsed, fixed, seeds, [trial.params for trial in trials], options)
-            tried = [trial.params for trial in study.get_trials() if trial.params]
-            run_points(sweep, options, whole=_sweep_of(parsed, fixed, seeds, tried, options))
+            run_points(sweep, options, whole=_sweep_of(parsed, fixed, seeds, _tried(study, space), options))
             num_failed = 0
             for trial in trials:
                 values = _objectives(sweep, _setting(sweep, trial.params))
@@ -72,8 +73,22 @@ def search(options: argparse.Namespace) -> Sweep:
             if num_failed == len(trials):
                 say("every trial of this round failed; the search stops here, and the same command goes on")
                 break
-    tried = [trial.params for trial in study.get_trials() if trial.params]
+    tried = _tried(study, space)
     return _sweep_of(parsed, fixed, seeds, tried, options) if tried else first
+
+
+def _tried(study: "Study", space: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings that were asked for."""
+    return [trial.params for trial in study.get_trials() if trial.params.keys() == space.keys()]
+
+
+def _forget_torn(study: "Study", space: Mapping[str, Any]) -> None:
+    """A call that was killed while it asked leaves a trial without all values: it would run as another recipe."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        if trial.params.keys() != space.keys():
+            study.tell(trial.number, state=TrialState.FAIL)
 
 
 def search_space(overrides: Sequence[Override]) -> "dict[str, BaseDistribution]":

@@ -167,6 +167,18 @@ def test_the_command_of_a_point(sweeping: Any) -> None:
     assert command.launch_command("/opt/torchrun")[0] == "/opt/torchrun"
 
 
+def test_the_ranks_of_a_point_have_the_time_that_a_point_has(
+    sweeping: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (point,) = sweeping("points").plan(["recipe=tsdi", "lam=1"]).points
+    limit = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    monkeypatch.delenv(limit, raising=False)
+    told = sweeping("command").job_of(point, ["torchrun"]).environment
+    assert 30 < int(told[limit]) < sweeping("jobs").GRACE_SECONDS
+    monkeypatch.setenv(limit, "7")
+    assert sweeping("command").job_of(point, ["torchrun"]).environment[limit] == "7"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

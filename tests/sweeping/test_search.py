@@ -1,4 +1,6 @@
 import argparse
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,8 @@ def test_a_search_goes_on_where_it_was(
     options = command.argument_parser("sweep").parse_intermixed_args(arguments)
     with pytest.raises(KeyboardInterrupt):
         search.search(options)
+    study = search._study(SimpleNamespace(folder=Path("outputs/tsdi").resolve()), options)
+    study.ask()  # and killed before it had drawn a value
     sweep = search.search(options)
     assert len(sweep.points) == 8
     assert all(point.done for point in sweep.points)

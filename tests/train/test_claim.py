@@ -1,7 +1,9 @@
 import copy
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +224,23 @@ def test_one_process_at_a_time_works_in_a_folder(folder: Path, recipe: Recipe, f
         other.kill()
         other.wait()
         go_on(folder, recipe)
+
+
+def test_a_folder_that_the_machines_do_not_share(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a second rank, to which the first has told what it wrote."""
+    monkeypatch.setattr(claim_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(claim_module, "gather_object", lambda mine: [None, *mine])
+    monkeypatch.setattr(claim_module, "from_first", lambda make: "name: test\n")
+    monkeypatch.setattr(claim_module, "SECONDS_TO_APPEAR", 0.0)
+    with pytest.raises(RecipeError, match=f"is not shared: {os.uname().nodename} cannot see"):
+        go_on(tmp_path, recipe)
+    (tmp_path / "recipe.yaml").write_text("name: of an earlier run\n")
+    with pytest.raises(RecipeError, match="is not shared"):
+        go_on(tmp_path, recipe)
+    monkeypatch.setattr(claim_module, "SECONDS_TO_APPEAR", 10.0)
+    monkeypatch.setattr(
+        claim_module.time, "sleep", lambda _: (tmp_path / "recipe.yaml").write_text("name: test\n")
+    )
+    go_on(tmp_path, recipe)
