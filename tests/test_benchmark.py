@@ -1,9 +1,7 @@
 import argparse
 import importlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -41,21 +39,31 @@ def write_pairs(path: Path, num_pairs: int, length: int) -> Path:
 
 
 @pytest.mark.slow
-def test_both_sides_train_alike(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_both_sides_train_alike(
+    preference: ModuleType,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process but for the two whose memory is measured, which are scripts/benchmark itself."""
+    for name in ("EQUIPOISE_CACHE", "TQDM_DISABLE"):  # what the command sets is taken back
+        monkeypatch.setenv(name, "")
     files = [write_pairs(tmp_path / "short.jsonl", 4, 3), write_pairs(tmp_path / "long.jsonl", 4, 30)]
-    command = [
-        sys.executable,
-        str(SCRIPTS / "benchmark"),
+    arguments = [
         "preference",
         "--model",
         str(tiny_model_folder),
         "--json",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
     ]
-    command += ["--steps", "3", "--batch-size", "2", "--pairs", str(files[0]), "--pairs", str(files[1])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "EQUIPOISE_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    options = parsed(preference, [*arguments, "--pairs", str(files[0]), "--pairs", str(files[1])])
+    assert options.run(options, SCRIPTS / "benchmark") == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
 
     assert 0 <= result["max_loss_difference"] <= 1e-4
     ours, trl = result["losses"]["equipoise"], result["losses"]["trl"]
@@ -71,7 +79,7 @@ def test_both_sides_train_alike(tiny_model_folder: Path, tmp_path: Path) -> None
     tokens = result["setting"]["tokens_in_batches"]
     assert tokens["equipoise"] < tokens["trl"]
     assert result["setting"]["pairs"] == ["short.jsonl", "long.jsonl"]
-    assert "pairs a second, training steps" in done.stdout
+    assert "pairs a second, training steps" in printed
 
 
 def test_ratios_by_hand(preference: ModuleType) -> None:
@@ -158,44 +166,6 @@ def test_decoding_with_and_without_tsdi(
     assert by_hand["tsdi_ratio"] == 1.5
     assert by_hand["tsdi_ratio_spread"]["max"] == 2.0
     assert by_hand["processor_share"] == 0.5
-
-
-def test_the_engine_beside_generate_and_continuous_batching(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    evaluation = importlib.import_module("benchmarks.evaluation")
-    arguments = [
-        "evaluation",
-        "--model",
-        str(tiny_model_folder),
-        "--json",
-        "--repeats",
-        "2",
-        "--num-prompts",
-        "5",
-    ]
-    arguments += ["--max-new-tokens", "4", "--batch-size", "2", "--without-lm-eval", "--continuous-batching"]
-    options = parsed(evaluation, arguments)
-    assert options.run(options, SCRIPTS / "benchmark") == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {side: len(seconds) for side, seconds in result["seconds"].items()} == {
-        "engine": 2,
-        "generate": 2,
-        "continuous_batching": 2,
-    }
-    assert result["num_different_answers"] == 0
-    assert result["lm_eval_ratio"] is None
-    assert 0 < result["repeat_ratio"] < 1
-    by_hand = evaluation.summarise(
-        {
-            "seconds": {"engine": [1.0, 2.0, 4.0], "generate": [2.0, 5.0, 12.0], "lm_eval": [1.0, 1.0, 1.0]},
-            "repeat_ratios": [0.1, 0.2, 0.3],
-            "tsdi_ratios": [1.0, 1.1, 1.2],
-            "num_different_answers": 0,
-        }
-    )
-    assert (by_hand["generate_ratio"], by_hand["lm_eval_ratio"], by_hand["repeat_ratio"]) == (2.5, 0.5, 0.2)
 
 
 def test_several_processes_beside_one(

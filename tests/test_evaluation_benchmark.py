@@ -1,8 +1,6 @@
+import argparse
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -37,32 +35,37 @@ def test_lm_eval_left_out_has_no_ratio(evaluation: ModuleType) -> None:
     assert evaluation.summarise(measured | {"num_different_answers": 0})["lm_eval_ratio"] is None
 
 
-@pytest.mark.slow
-def test_it_runs_and_both_sides_answer_alike(tiny_model_folder: Path) -> None:
-    command = [
-        sys.executable,
-        str(SCRIPTS / "benchmark"),
-        "evaluation",
-        "--model",
-        str(tiny_model_folder),
-        "--json",
-    ]
-    command += [
-        "--num-prompts",
-        "8",
-        "--max-new-tokens",
-        "6",
-        "--batch-size",
-        "3",
-        "--repeats",
-        "1",
-        "--without-lm-eval",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_the_engine_beside_generate_and_continuous_batching(
+    evaluation: ModuleType, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All sides answer alike, here in this process; as a program: `test_benchmark.py`."""
+    parser = argparse.ArgumentParser()
+    evaluation.add_command(parser.add_subparsers())
+    options = parser.parse_args(
+        [
+            *(
+                "evaluation",
+                "--model",
+                str(tiny_model_folder),
+                "--json",
+                "--repeats",
+                "2",
+                "--num-prompts",
+                "5",
+            ),
+            *("--max-new-tokens", "4", "--batch-size", "2", "--without-lm-eval", "--continuous-batching"),
+        ]
+    )
+    assert options.run(options, SCRIPTS / "benchmark") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {side: len(seconds) for side, seconds in result["seconds"].items()} == {
+        "engine": 2,
+        "generate": 2,
+        "continuous_batching": 2,
+    }
     assert result["num_different_answers"] == 0
-    assert result["setting"]["num_prompts"] == 8
-    assert all(result[name] > 0 for name in ("generate_ratio", "repeat_ratio", "tsdi_ratio"))
-    assert result["repeat_ratio"] < 1
+    assert result["setting"]["num_prompts"] == 5
+    assert result["lm_eval_ratio"] is None
+    assert result["generate_ratio"] > 0
+    assert result["tsdi_ratio"] > 0
+    assert 0 < result["repeat_ratio"] < 1

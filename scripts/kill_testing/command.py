@@ -1,6 +1,7 @@
 """Kill runs at random moments, run the same command again, and compare what is left with an uninterrupted run."""
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -97,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run that it is at ends with it
     torch.set_num_threads(1)  # before anything is computed: a pool of threads would not survive a fork
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    gc.freeze()  # what is imported: a fork that collects garbage would walk through it, and copy it
     work = options.work.resolve()
     with locked_folder(work, "Wait for it to end, or give another --work."):
         return _run(options, KillTest(work, options.overrides))

@@ -5,6 +5,7 @@ its last rank told to end by SIGTERM in the middle of a step (`told`); the same 
 saved (`resumed`). Each rank writes down what it holds itself, so that ranks can be compared.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -27,6 +28,13 @@ def main(job_files: list[str]) -> int:
         from fsdp_on_cpu import allow_fsdp_on_cpu
 
         allow_fsdp_on_cpu()
+    if jobs[0]["shard_all"]:
+        from shard_all import shard_small_parameters
+
+        shard_small_parameters()
+    import equipoise.train.run  # noqa: F401
+
+    gc.freeze()  # what is imported: every training ends in a collection, which takes as long as a step here
     for job in jobs:
         if os.environ.get("RANK", "0") == "0":
             print(f"===== cell: {job['trainer']}", flush=True)

@@ -1,27 +1,37 @@
+"""Two ranks under torchrun train as one process does at the same global batch: one launch, looked at by every trainer.
+
+More engines, and ranks that are told to end: `engines/`, `scripts/matrix`.
+"""
+
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from transformers import AutoTokenizer
 
 from equipoise.data.sources import SafetyData
+from equipoise.data.unpaired import read_unpaired
 from equipoise.train import cli
-from equipoise.train.trainers.step_table import StepTable
+from equipoise.train.answers import encode_answers
+from equipoise.train.recipe.stages import KTOStageConfig
+from equipoise.train.stages.log_ratios import draw
 
-ROOT = Path(__file__).parents[2]
-OVERRIDES = [
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("commands_on_ranks.py")
+NUM_KTO_STEPS = 3
+
+PREFERENCE_SFT_AND_COST = [
     "recipe=dpo",
-    "model=hub",
-    "model.dtype=float32",
     "data=jsonl",
     "evaluation.baseline=false",
     "stages.safe.evaluate=false",
@@ -40,17 +50,52 @@ OVERRIDES = [
     "+stages.cost={kind: cost_model, start_from: base, num_steps: 3, learning_rate: 1e-2, held_out_fraction: 0.3}",
     "+stages.cost.weight={mode: group_dro}",
 ]
-
-
-def batch_of(num: int) -> list[str]:
-    """Pairs, answers and benign answers of one rank."""
-    sizes = [
+KTO = [
+    "recipe=kto",
+    "evaluation.baseline=false",
+    "stages.safe.evaluate=false",
+    f"stages.safe.num_steps={NUM_KTO_STEPS}",
+    "stages.safe.learning_rate=1e-3",
+    "stages.safe.lr_scheduler=constant",
+    "stages.safe.warmup=0",
+    "stages.safe.category.weight.mode=group_dro",
+    "stages.safe.kl.coef=0.1",
+]
+SAFE_RLHF = [
+    "recipe=safe_rlhf_per_category",
+    "~stages.sft",
+    "~stages.reward",
+    "~stages.cost",
+    "stages.safe_rlhf.evaluate=false",
+    "stages.safe_rlhf.num_steps=3",
+    "stages.safe_rlhf.learning_rate=1e-2",
+    "stages.safe_rlhf.gradient_accumulation_steps=1",
+    "stages.safe_rlhf.rollout.max_new_tokens=5",
+    "evaluation.baseline=false",
+]
+GRPO = [
+    "recipe=rlvf",
+    "~stages.warm_up",
+    "model.gradient_checkpointing=false",
+    "data.max_length=256",
+    "stages.answer.num_steps=2",
+    "stages.answer.arithmetic.num_held_out=3",
+    "+stages.answer.weight.mode=group_dro",
+    "stages.answer.rewards={response_length: 1.0}",
+    "+stages.answer.length_limit=0",
+]
+BATCH_KEYS = {
+    "terms": [
         "stages.safe.per_device_batch_size",
         "+stages.sft.per_device_batch_size",
         "+stages.sft.kl.num_benign",
         "+stages.cost.per_device_batch_size",
-    ]
-    return [f"{key}={num}" for key in sizes]
+    ],
+    "kto": ["stages.safe.per_device_batch_size"],
+    "safe_rlhf": ["stages.safe_rlhf.per_device_batch_size"],
+    "grpo": ["stages.answer.per_device_batch_size"],
+}
+"""By command: keys of examples (answers, benign answers) a rank; eight on one, four on each of two."""
 
 
 def write_pairs(data: SafetyData, path: Path) -> None:
@@ -63,118 +108,175 @@ def write_pairs(data: SafetyData, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
+def write_answers(data: SafetyData, path: Path) -> None:
+    """Two of 24 undesirable: a rank's share of a batch, or the whole of it, is desirable alone again and again."""
+    lines = [
+        {
+            "prompt": pair.prompt[0]["content"],
+            "response": pair.chosen,
+            "desirable": i % 12 > 0,
+            "category": pair.category,
+        }
+        for i, pair in enumerate(data.safety_pairs)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(
-    tmp_path: Path,
+@dataclass
+class Runs:
+    """The folders that all commands have left, on one process and on two."""
+
+    folder: Path
+
+    def run_dir(self, num: str, command: str) -> Path:
+        (found,) = (self.folder / num / command).glob("*/seed0")
+        return found
+
+    def metrics(self, num: str, command: str) -> list[dict[str, Any]]:
+        lines = (self.run_dir(num, command) / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+
+    def speeds(self, num: str, command: str) -> list[dict[str, Any]]:
+        lines = (self.run_dir(num, command) / "speed.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def weights(self, num: str, command: str, stage: str) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir(num, command) / "stages" / stage / "model" / "model.safetensors")
+
+    def assert_same(self, command: str, tolerance: float, stages: tuple[str, ...]) -> None:
+        """Every logged number and the stages' weights; one process of two writes."""
+        alone, together = self.metrics("one", command), self.metrics("two", command)
+        assert len(together) == len(alone)
+        for mine, theirs in zip(alone, together, strict=True):
+            counts = {name for name in mine if "/num_" in name or "accuracy" in name}
+            assert {name: theirs[name] for name in counts} == {name: mine[name] for name in counts}
+            numbers = mine.keys() - {"stage"}
+            assert {name: theirs[name] for name in numbers} == pytest.approx(
+                {name: mine[name] for name in numbers}, abs=tolerance, rel=tolerance
+            )
+        for stage in stages:
+            weights = self.weights("two", command, stage)
+            for name, weight in self.weights("one", command, stage).items():
+                torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
     tiny_model_folder: Path,
     make_data: Callable[..., SafetyData],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    write_pairs(make_data(), tmp_path / "pairs.jsonl")
-    common = [*OVERRIDES, f"model.id={tiny_model_folder}", f"data.path={tmp_path / 'pairs.jsonl'}"]
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache of one"))
-    monkeypatch.chdir(tmp_path)
-    assert cli.main([*common, "output_dir=one", *batch_of(8)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "train.py"), *common, "output_dir=two", *batch_of(4)],
-        env={**os.environ, "EQUIPOISE_CACHE": str(tmp_path / "cache of two"), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (tmp_path / folder / "dpo" / "seed0" for folder in ("one", "two"))
-    alone, together = metrics(one), metrics(two)
-    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["sft"] * 3 + ["cost"] * 4 + ["end"]
-    assert len(together) == len(alone)  # one process writes
-    for mine, theirs in zip(alone, together, strict=True):
-        counts = {name for name in mine if "/num_" in name or "accuracy" in name}
-        assert {name: theirs[name] for name in counts} == {name: mine[name] for name in counts}
-        numbers = mine.keys() - {"stage"}
-        assert {name: theirs[name] for name in numbers} == pytest.approx(
-            {name: mine[name] for name in numbers}, abs=1e-4, rel=1e-4
+    scorers: dict[str, str],
+) -> Runs:
+    """Every command, in this process and on two ranks; GRPO, which draws its answers a rank, on two ranks alone."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_pairs(make_data(), folder / "pairs.jsonl")
+    write_answers(make_data(), folder / "answers.jsonl")
+    keys = {
+        "terms": [*PREFERENCE_SFT_AND_COST, f"data.path={folder / 'pairs.jsonl'}"],
+        "kto": [*KTO, f"data.unpaired_path={folder / 'answers.jsonl'}"],
+        "safe_rlhf": [
+            *SAFE_RLHF,
+            *(f"stages.safe_rlhf.{kind}_model={scorer}" for kind, scorer in scorers.items()),
+        ],
+        "grpo": GRPO,
+    }
+
+    def command(name: str, num: str, batch_size: int) -> dict[str, Any]:
+        arguments = [
+            *keys[name],
+            *("model=hub", f"model.id={tiny_model_folder}", "model.dtype=float32"),
+            f"output_dir={folder / num / name}",
+            *(f"{key}={batch_size}" for key in BATCH_KEYS[name]),
+        ]
+        return {"arguments": arguments, "cache": str(folder / "cache" / num / name)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        for name in ("terms", "kto", "safe_rlhf"):
+            alone = command(name, "one", 8)
+            patch.setenv("EQUIPOISE_CACHE", alone["cache"])
+            assert cli.main(alone["arguments"]) == 0
+        commands = folder / "commands.json"
+        commands.write_text(json.dumps([command(name, "two", 4) for name in keys]))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*launch, str(SCRIPT), str(commands)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
-    speeds = [
-        [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()] for run in (one, two)
-    ]
-    assert [(line["stage"], line["step"]) for line in speeds[1]] == [
-        (line["stage"], line["step"]) for line in speeds[0]
-    ]  # written once, by the first rank
-    for line in (line for run in speeds for line in run if line["stage"] == "safe"):
-        assert line["speed/pairs_per_second"] * line["speed/seconds_per_step"] == pytest.approx(
-            8
-        )  # of all ranks
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Runs(folder)
+
+
+def test_preference_sft_and_cost_stages(runs: Runs) -> None:
+    runs.assert_same("terms", 1e-4, stages=("safe", "sft"))
+    alone = runs.metrics("one", "terms")
+    assert [line["stage"] for line in alone] == ["safe"] * 5 + ["sft"] * 3 + ["cost"] * 4 + ["end"]
     assert alone[4]["train/loss"] < alone[0]["train/loss"] - 0.01
     assert alone[7]["train/kl"] > 1e-4
     assert alone[10]["train/loss"] < alone[8]["train/loss"] - 0.05
     assert alone[11]["held_out/num_pairs"] == 6  # an odd number of batches a rank: one repeats a batch
+
+
+def test_the_speed_is_that_of_all_ranks_and_written_once(runs: Runs) -> None:
+    one, two = runs.speeds("one", "terms"), runs.speeds("two", "terms")
+    assert [(line["stage"], line["step"]) for line in two] == [(line["stage"], line["step"]) for line in one]
+    for line in (line for line in one + two if line["stage"] == "safe"):
+        assert line["speed/pairs_per_second"] * line["speed/seconds_per_step"] == pytest.approx(8)
+
+
+def test_category_state_and_reference_log_probs(runs: Runs) -> None:
     state_one, state_two = (
-        json.loads((d / "stages/safe/category_state.json").read_text()) for d in (one, two)
+        json.loads((runs.run_dir(num, "terms") / "stages/safe/category_state.json").read_text())
+        for num in ("one", "two")
     )
     for name in ("margin", "weight", "log_multiplier", "error"):
         assert state_two[name] == pytest.approx(state_one[name], abs=1e-5)
-    for stage in ("safe", "sft"):
-        weights_one, weights_two = (
-            load_file(d / "stages" / stage / "model" / "model.safetensors") for d in (one, two)
-        )
-        for name, weight in weights_one.items():
-            torch.testing.assert_close(weights_two[name], weight, atol=1e-4, rtol=0)
     references = [
-        load_file(next((tmp_path / f"cache of {n}").rglob("*.safetensors"))) for n in ("one", "two")
+        load_file(next((runs.folder / "cache" / num / "terms").rglob("*.safetensors")))
+        for num in ("one", "two")
     ]
     torch.testing.assert_close(references[0], references[1], atol=1e-4, rtol=1e-6)
 
 
-def gathered(of_this_rank: list[list[float]], of_another: list[list[float]]) -> dict[str, Tensor]:
-    """What the first of two ranks gathers; a row is slot, category, loss."""
-    columns = ("slot", "category", "loss")
-    num = max(len(of_this_rank), len(of_another))
-
-    def padded(rows: Tensor) -> Tensor:
-        return torch.cat([rows, torch.full((num - len(rows), len(columns)), -1.0, dtype=torch.float64)])
-
-    table = StepTable(columns)
-    for row in of_this_rank:  # several microbatches
-        table.keep(*(torch.tensor([value]) for value in row))
-    another = padded(torch.tensor(of_another, dtype=torch.float64))
-    accelerator: Any = SimpleNamespace(
-        num_processes=2,
-        pad_across_processes=lambda rows, dim, pad_index: padded(rows),
-        gather=lambda rows: torch.cat([rows, another]),
-    )
-    found = table.gather(accelerator)
-    assert len(table) == 0
-    return found
+def one_sided(answers: Path, model: Path) -> tuple[int, int]:
+    """Of the run's steps: (with a rank whose four answers are of one side, all eight answers of one side)."""
+    stage = KTOStageConfig(num_steps=NUM_KTO_STEPS)
+    encoded = encode_answers(read_unpaired(answers), AutoTokenizer.from_pretrained(model), 512)
+    desirable = draw(encoded.dataset, stage, 8, 0)[0]["desirable"]
+    steps = [desirable[i : i + 8] for i in range(0, len(desirable), 8)]
+    ranks = [len({*step[:4]}) == 1 or len({*step[4:]}) == 1 for step in steps]
+    return sum(ranks), sum(len({*step}) == 1 for step in steps)
 
 
-def test_gathered_pairs_stand_in_the_order_of_one_process() -> None:
-    found = gathered([[0, 2, 0.5], [1, 0, 0.25], [4, 1, 0.125]], [[2, 0, 1.0], [3, 1, 2.0], [5, 2, 4.0]])
-    assert found["slot"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found["category"].tolist() == [2, 0, 0, 1, 1, 2]
-    assert found["loss"].tolist() == [0.5, 0.25, 1.0, 2.0, 0.125, 4.0]
+def test_kto_with_batches_of_one_side(runs: Runs, tiny_model_folder: Path) -> None:
+    on_a_rank, on_all = one_sided(runs.folder / "answers.jsonl", tiny_model_folder)
+    assert on_a_rank > on_all > 0
+    runs.assert_same("kto", 1e-4, stages=("safe",))
+    alone = runs.metrics("one", "kto")
+    assert len(alone) == NUM_KTO_STEPS + 1
+    assert abs(alone[NUM_KTO_STEPS - 1]["train/desirable_log_ratio"]) > 0.1
 
 
-def test_draws_that_fill_up_the_last_batch_are_counted_once() -> None:
-    # Seven draws on two ranks of four: accelerate repeats the first one for the second rank.
-    found = gathered(
-        [[8, 0, 1.0], [9, 0, 2.0], [10, 0, 3.0], [11, 0, 4.0]],
-        [[12, 0, 5.0], [13, 0, 6.0], [14, 0, 7.0], [8, 0, 1.0]],
-    )
-    assert found["slot"].tolist() == [8, 9, 10, 11, 12, 13, 14]
-    assert float(found["loss"].sum()) == 28
+def test_safe_rlhf_with_a_multiplier_of_each_category(runs: Runs) -> None:
+    runs.assert_same("safe_rlhf", 2e-4, stages=("safe_rlhf",))
+    alone = runs.metrics("one", "safe_rlhf")
+    assert len(alone) == 4
+    multipliers = [name for name in alone[2] if name.startswith("train/lambda/")]
+    assert len(multipliers) == 13
+    assert any(alone[2][name] != pytest.approx(1.0, abs=1e-3) for name in multipliers)
 
 
-def test_ranks_with_fewer_pairs_add_nothing_but_their_own() -> None:
-    found = gathered([[0, 0, 1.0], [1, 0, 2.0]], [[2, 0, 4.0]])
-    assert found["slot"].tolist() == [0, 1, 2]
-    assert found["loss"].tolist() == [1.0, 2.0, 4.0]
+def test_a_group_of_grpo_may_be_spread_over_two_processes(runs: Runs) -> None:
+    """Four answers on each rank, compared as the eight of one question; every rank adds to the metrics."""
+    steps = [line for line in runs.metrics("two", "grpo") if "train/num_answers" in line]
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["train/num_answers"] == 8
+        assert step["train/num_flat_groups"] in (0, 1)  # one question
+        # 0 tokens score 0, the 8 of max_completion_length -1.
+        assert step["train/reward_response_length"] == pytest.approx(-step["train/num_tokens"] / 8)

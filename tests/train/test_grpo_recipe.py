@@ -1,9 +1,4 @@
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -76,51 +71,3 @@ def test_tasks_that_nothing_rewards_are_said_before_a_model_is_loaded(
     recipe = loaded("+stages.answer.mixture.safety=1")
     with pytest.raises(RecipeError, match=r"stages.answer: 24 of \d+ tasks have no reward at all"):
         check_data(recipe, make_data())
-
-
-@pytest.mark.slow
-def test_a_group_may_be_spread_over_two_processes(tmp_path: Path, tiny_model_folder: Path) -> None:
-    """Four answers on each rank, compared as the eight of one question; every rank adds to the metrics."""
-    overrides = [
-        "recipe=rlvf",
-        "~stages.warm_up",
-        "model=hub",
-        f"model.id={tiny_model_folder}",
-        "model.dtype=float32",
-        "model.gradient_checkpointing=false",
-        "data.max_length=256",
-        f"output_dir={tmp_path}",
-        "stages.answer.num_steps=2",
-        "stages.answer.per_device_batch_size=4",
-        "stages.answer.arithmetic.num_held_out=3",
-        "+stages.answer.weight.mode=group_dro",
-        "stages.answer.rewards={response_length: 1.0}",
-        "+stages.answer.length_limit=0",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-    ]
-    done = subprocess.run(
-        [*command, *overrides],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "rlvf/seed0/metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train/num_answers" in line]
-    assert [step["step"] for step in steps] == [1, 2]
-    for step in steps:
-        assert step["train/num_answers"] == 8
-        assert step["train/num_flat_groups"] in (0, 1)  # one question
-        # 0 tokens score 0, the 8 of max_completion_length -1.
-        assert step["train/reward_response_length"] == pytest.approx(-step["train/num_tokens"] / 8)

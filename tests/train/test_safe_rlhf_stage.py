@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from equipoise.data.errors import DataError
 from equipoise.eval.models import load_model
-from equipoise.eval.scorer import Scorer
-from equipoise.eval.scorer_card import ScorerCard, ScorerError
-from equipoise.train import cli
+from equipoise.eval.scorer_card import ScorerError
 from equipoise.train.recipe import LoraConfig, ModelConfig, Recipe, RecipeError
 from equipoise.train.recipe.checks import Problems
 from equipoise.train.recipe.data_checks import check_data
@@ -31,25 +23,8 @@ from equipoise.train.recipe.stages import (
     RewardModelStageConfig,
     StageConfig,
 )
-from equipoise.train.scorer import save_scorer
 from equipoise.train.stages.safe_rlhf import check_given_scorers, check_launch, run_safe_rlhf
 from equipoise.train.training import STATE_FILE, TrainingError
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def scorers(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> dict[str, str]:
-    """A reward and a cost model with adapters on the tiny model: kind -> folder."""
-    folder = tmp_path_factory.mktemp("scorers")
-    for seed, kind in enumerate(("reward", "cost")):
-        torch.manual_seed(seed)
-        model, tokenizer = load_model(str(tiny_model_folder), dtype="float32")
-        config = PeftLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        scorer = Scorer(get_peft_model(model, config))
-        nn.init.normal_(scorer.score_head.weight, std=0.3)
-        save_scorer(scorer, tokenizer, folder / kind, ScorerCard(kind, backbone=str(tiny_model_folder)))
-    return {kind: str(folder / kind) for kind in ("reward", "cost")}
 
 
 @pytest.fixture
@@ -343,68 +318,3 @@ def test_scorers_given_by_folder_are_compared_before_anything_is_trained(
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ScorerError, match=r"stages\.rl\.reward_model.*another tokenizer.*chat template"):
         check_given_scorers(Recipe(name="made", stages=stages, model=model), str(tmp_path / "other"))
-
-
-# ---- two ranks ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(
-    tmp_path: Path,
-    tiny_model_folder: Path,
-    scorers: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    common = [
-        "recipe=safe_rlhf_per_category",
-        "~stages.sft",
-        "~stages.reward",
-        "~stages.cost",
-        f"stages.safe_rlhf.reward_model={scorers['reward']}",
-        f"stages.safe_rlhf.cost_model={scorers['cost']}",
-        "stages.safe_rlhf.evaluate=false",
-        "stages.safe_rlhf.num_steps=3",
-        "stages.safe_rlhf.learning_rate=1e-2",
-        "stages.safe_rlhf.gradient_accumulation_steps=1",
-        "stages.safe_rlhf.rollout.max_new_tokens=5",
-        "model=hub",
-        "model.dtype=float32",
-        f"model.id={tiny_model_folder}",
-        "evaluation.baseline=false",
-    ]
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main([*common, "output_dir=one", "stages.safe_rlhf.per_device_batch_size=8"]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [
-            *launch,
-            str(ROOT / "train.py"),
-            *common,
-            "output_dir=two",
-            "stages.safe_rlhf.per_device_batch_size=4",
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = (
-        [
-            {k: v for k, v in json.loads(line).items() if k not in ("time", "stage", "exit_code")}
-            for line in (tmp_path / run / "safe_rlhf_per_category" / "seed0" / "metrics.jsonl")
-            .read_text()
-            .splitlines()
-        ]
-        for run in ("one", "two")
-    )
-    assert len(together) == len(alone) == 4
-    for mine, theirs in zip(alone, together, strict=True):
-        assert theirs == pytest.approx(mine, abs=2e-4, rel=2e-4)
-    multipliers = [name for name in alone[2] if name.startswith("train/lambda/")]
-    assert len(multipliers) == 13
-    assert any(alone[2][name] != pytest.approx(1.0, abs=1e-3) for name in multipliers)
