@@ -1,7 +1,7 @@
-"""What `test_distributed.py` starts on two ranks: `commands_on_ranks.py COMMANDS.json`, one after the other.
+"""What `test_distributed.py` starts on two ranks: `commands_on_ranks.py JOB.json`, one thing after the other.
 
-A command has its `arguments`, as train.py takes them, and its `cache`. They share the processes: importing takes longer
-than any of them.
+Each of `commands` has its `arguments`, as train.py takes them, and its `cache`; `gated` is what gate_on_ranks.py is
+given. They share the processes: importing takes longer than any of them.
 """
 
 import gc
@@ -10,12 +10,16 @@ import os
 import sys
 from pathlib import Path
 
+import gate_on_ranks
+
 import equipoise.train.run  # noqa: F401  # all that a command will import
 from equipoise.train.cli import leave, main
 
 if __name__ == "__main__":
     gc.freeze()  # every training ends in a collection: not of what is imported
-    for command in json.loads(Path(sys.argv[1]).read_text()):
+    job = json.loads(Path(sys.argv[1]).read_text())
+    for command in job["commands"]:
         os.environ["EQUIPOISE_CACHE"] = command["cache"]
         if code := main(command["arguments"]):
             leave(code)
+    gate_on_ranks.main(job["gated"]["model"], job["gated"]["judge"], Path(job["gated"]["out"]))

@@ -1,12 +1,10 @@
 """Two ranks evaluate and gate a model, here and in a process of its own; what each of them has found goes to a file.
 
-`torchrun --nproc_per_node 2 gate_on_ranks.py MODEL JUDGE OUT`: JUDGE is the folder of a cost model.
+`judge` is the folder of a cost model.
 """
 
 import dataclasses
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +90,10 @@ def failing() -> str:
     return "nothing"
 
 
-if __name__ == "__main__":
-    model, judge, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    rank = PartialState(cpu=True).process_index
+def main(model: str, judge: str, out: Path) -> None:
+    """Write what this rank has found to `out/rank<N>.json`."""
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
     found: dict[str, Any] = {where: gated(model, judge, out, where) for where in ("in_process", "subprocess")}
     found["failing"] = failing()
-    (out / f"rank{rank}.json").write_text(json.dumps(found))
-    assert os.environ["WORLD_SIZE"] == "2"
+    (out / f"rank{state.process_index}.json").write_text(json.dumps(found))

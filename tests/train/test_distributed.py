@@ -1,4 +1,4 @@
-"""Two ranks under torchrun train as one process does at the same global batch: one launch, looked at by every trainer.
+"""Two ranks under torchrun train as one process does at the same global batch, and gate alike: one launch for all.
 
 More engines, and ranks that are told to end: `engines/`, `scripts/matrix`.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from equipoise.data.sources import SafetyData
 from equipoise.data.unpaired import read_unpaired
@@ -122,6 +122,20 @@ def write_answers(data: SafetyData, path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def write_cost_model(folder: Path, model_folder: Path) -> None:
+    """A random cost model as PKU publishes them: some of its costs are above 0, some below."""
+    folder.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tensors = {f"model.{name}": tensor.clone() for name, tensor in model.model.state_dict().items()}
+    head = torch.randn(1, 32, generator=torch.Generator().manual_seed(8))
+    save_file(tensors | {"score_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = {"architectures": ["LlamaForScore"], "score_type": "cost", "do_normalize": False}
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict() | fields))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+
+
 @dataclass
 class Runs:
     """The folders that all commands have left, on one process and on two."""
@@ -167,7 +181,10 @@ def runs(
     make_data: Callable[..., SafetyData],
     scorers: dict[str, str],
 ) -> Runs:
-    """Every command, in this process and on two ranks; GRPO, which draws its answers a rank, on two ranks alone."""
+    """Every command, in this process and on two ranks; GRPO, which draws its answers a rank, on two ranks alone.
+
+    And behind them what each of the two ranks finds when they judge and gate a model: `rank<N>.json`.
+    """
     folder = tmp_path_factory.mktemp("distributed")
     write_pairs(make_data(), folder / "pairs.jsonl")
     write_answers(make_data(), folder / "answers.jsonl")
@@ -197,11 +214,13 @@ def runs(
             alone = command(name, "one", 8)
             patch.setenv("EQUIPOISE_CACHE", alone["cache"])
             assert cli.main(alone["arguments"]) == 0
-        commands = folder / "commands.json"
-        commands.write_text(json.dumps([command(name, "two", 4) for name in keys]))
+        write_cost_model(folder / "judge", tiny_model_folder)
+        gated = {"model": str(tiny_model_folder), "judge": str(folder / "judge"), "out": str(folder)}
+        job = {"commands": [command(name, "two", 4) for name in keys], "gated": gated}
+        (folder / "job.json").write_text(json.dumps(job))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run(
-            [*launch, str(SCRIPT), str(commands)],
+            [*launch, str(SCRIPT), str(folder / "job.json")],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -280,3 +299,33 @@ def test_a_group_of_grpo_may_be_spread_over_two_processes(runs: Runs) -> None:
         assert step["train/num_flat_groups"] in (0, 1)  # one question
         # 0 tokens score 0, the 8 of max_completion_length -1.
         assert step["train/reward_response_length"] == pytest.approx(-step["train/num_tokens"] / 8)
+
+
+def test_all_ranks_decide_alike_wherever_a_state_is_evaluated(runs: Runs) -> None:
+    first, second = (json.loads((runs.folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    for where in ("in_process", "subprocess"):
+        assert second[where] == first[where]
+    assert first["failing"] == "OSError: no space left"
+    assert second["failing"] == "FirstRankError: the first rank failed: OSError: no space left"
+    here, apart = first["in_process"], first["subprocess"]
+    assert here["verdict"] == apart["verdict"]
+    assert here["unsafe"] == apart["unsafe"]
+    unsafe, judged = here["unsafe"]["S1"]
+    assert 0 < unsafe < judged == 5
+
+    def without_floats(report: dict[str, Any]) -> dict[str, Any]:
+        """Batches differ between one process and two, and with them the last bits."""
+        left = {key: value for key, value in report.items() if key not in ("seconds", "samples")}
+        left["samples"] = [
+            {key: value for key, value in sample.items() if key not in ("score", "p_unsafe", "judge_raw")}
+            for sample in report["samples"]
+        ]
+        return left
+
+    assert without_floats(here["report"]) == without_floats(apart["report"])
+    for key in ("score", "p_unsafe"):
+        values = [[sample[key] for sample in found["report"]["samples"]] for found in (here, apart)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert (runs.folder / "subprocess" / "eval" / "safe-2" / "process.log").exists()
+    for where in ("in_process", "subprocess"):
+        assert not (runs.folder / where / "eval" / "safe-2" / ".work").exists()
