@@ -137,10 +137,11 @@ def load_model(
             f"The model `{model_id}` does not load: {error}\n"
             "Expected a causal language model with safetensors weights that this transformers release knows."
         ) from error
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    num_embeddings = model.get_input_embeddings().num_embeddings  # a weight in shards has another shape
+    if len(tokenizer) > num_embeddings:
         raise ModelError(
-            f"The tokenizer of `{model_id}` has {len(tokenizer)} tokens, its model only "
-            f"{model.get_input_embeddings().weight.shape[0]} embeddings: they do not belong together."
+            f"The tokenizer of `{model_id}` has {len(tokenizer)} tokens, its model only {num_embeddings} embeddings: "
+            "they do not belong together."
         )
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -152,7 +152,7 @@ def score_rows(
 def load_scorer(
     folder: str | Path,
     dtype: Dtype = "bfloat16",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     *,
     backbone: str | None = None,
     attn_implementation: str | None = None,
@@ -160,7 +160,8 @@ def load_scorer(
 ) -> Scorer:
     """The scorer of a folder, frozen and in eval mode; dtype is the decoder's, the head stays fp32.
 
-    backbone: the model to put the adapter on, where it is no longer at the place that the folder names.
+    device: None: where it was read. backbone: the model to put the adapter on, where it is no longer at the place that
+    the folder names.
     Raises ScorerError, or ModelError where the backbone does not load.
     """
     folder = Path(folder).expanduser()
@@ -170,7 +171,8 @@ def load_scorer(
         scorer = _load_full(folder, card, dtype, options)
     else:
         scorer = _load_adapter(folder, card, backbone or card.backbone, dtype, options)
-    return scorer.requires_grad_(False).eval().to(device)
+    scorer = scorer.requires_grad_(False).eval()
+    return scorer if device is None else scorer.to(device)
 
 
 def load_scorer_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -30,10 +29,11 @@ from equipoise.eval.report.content import ReportContent
 from equipoise.train import base_report
 from equipoise.train.evaluation_process import evaluate_apart
 from equipoise.train.locks import made_once
-from equipoise.train.model import save_folder, unsharded
+from equipoise.train.model import save_folder
 from equipoise.train.provenance import provenance
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe, RecipeError
+from equipoise.train.sharding import unsharded
 from equipoise.train.stages.context import StageContext
 
 BASE, ALIGNED, TSDI = "base", "aligned", "tsdi"
@@ -240,9 +240,9 @@ class Gatekeeper:
                 promoted = self.context.run_dir / "promoted"
                 if passed:
                     promote(Path(model_folder), token_bias, promoted)
-                write_aside(self.context.run_dir / "gate.jsonl", "\n".join([*recorded, line, ""]))
-                if passed:
+                    # In front of the line, behind which a resumed run would not log it any more.
                     self.context.log_promoted(promoted, ("promoted", state, label), json.loads(line))
+                write_aside(self.context.run_dir / "gate.jsonl", "\n".join([*recorded, line, ""]))
             self.context.log(result.metrics(), 0, label)
 
         from_first(keep)
@@ -269,10 +269,6 @@ def promote(model_folder: Path, token_bias: TokenBias | None, target: Path) -> N
             token_bias.export(aside)
 
     save_folder(target, write)
-
-
-def _line(verdict: dict[str, Any]) -> str:
-    return json.dumps(verdict, ensure_ascii=False)
 
 
 def _existing(path: Path, job: EvaluationJob) -> CategoryReport | None:

@@ -2,55 +2,70 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed as deepspeed_integration
 
 from equipoise.data.files import full_disk_named
 from equipoise.eval.generation.batches import base_of
 from equipoise.eval.models import load_model, native_dtype
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import ModelConfig
+from equipoise.train.sharding import read_in_shards, unsharded, whole_tensors
 
 
 def load_policy(
+    config: ModelConfig, folder: Path | str | None, notify: Callable[[str], None] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model, or the one an earlier stage left in `folder`, in the recipe's dtype, without an adapter.
+
+    Whole, on this rank's CPU, whatever engine trains: to be judged, asked or saved. Never quantised.
+    """
+    with unsharded():
+        return _load(config, folder, notify)
+
+
+def load_trainable(
+    config: ModelConfig,
+    folder: Path | str | None,
+    notify: Callable[[str], None] | None = None,
+    engine: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_policy`, to be trained: in shards where the engine makes them, quantised by `model.quantization`.
+
+    engine: as `read_in_shards` takes it. Collective.
+    """
+    with read_in_shards(config.dtype, engine):
+        return _load(config, folder, notify, quantization_config(config))
+
+
+def load_frozen(config: ModelConfig, folder: Path | str, engine: str | None = None) -> PreTrainedModel:
+    """A second model from the same folder, to be the reference of one that is trained whole; as `load_trainable`."""
+    with read_in_shards(config.dtype, engine):
+        model, _ = _load(config, folder)
+    return model.requires_grad_(False)
+
+
+def _load(
     config: ModelConfig,
     folder: Path | str | None,
     notify: Callable[[str], None] | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's model, or the one an earlier stage left in `folder`, in the recipe's dtype, without an adapter.
-
-    Whole on every rank, whatever engine shards it later: what is asked before training (does it take shared rows? the
-    tasks it is to learn) needs all of it.
-    """
-    with unsharded():
-        return load_model(
-            str(folder) if folder is not None else config.id,
-            dtype=config.dtype,  # type: ignore[arg-type]
-            revision=config.revision,  # of a hub id; a folder has none, and `load_model` leaves it out
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=config.attn_implementation,
-            notify=notify,
-            quantization=quantization,
-        )
-
-
-def load_trainable(
-    config: ModelConfig, folder: Path | str | None, notify: Callable[[str], None] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_policy`, to be trained: `model.quantization` applies. What is judged and saved is never quantised."""
-    return load_policy(config, folder, notify, quantization_config(config))
+    return load_model(
+        str(folder) if folder is not None else config.id,
+        dtype=config.dtype,  # type: ignore[arg-type]
+        revision=config.revision,  # of a hub id; a folder has none, and `load_model` leaves it out
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        notify=notify,
+        quantization=quantization,
+    )
 
 
 def quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
@@ -153,59 +168,6 @@ def save_merged(
             save_policy(merged(whole), tokenizer, folder)
 
     from_first(write)
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether parameters of the model are spread over the ranks (FSDP 2, ZeRO-3): all then have to call it alike."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-
-
-def whole_tensors(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies of parameters on the first rank's CPU, whole whatever engine shards them; {} on the others. Collective.
-
-    One after the other, so that no device ever holds more than one of them whole.
-    """
-    main = PartialState().is_main_process
-    whole = {}
-    for name, parameter in named:
-        with torch.no_grad(), _gathered(parameter) as tensor:
-            if main:
-                whole[name] = tensor.detach().to("cpu", copy=True)
-    return whole
-
-
-@contextmanager
-def _gathered(parameter: Tensor) -> Iterator[Tensor]:
-    if isinstance(parameter, DTensor):
-        yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter
-    else:
-        yield parameter
-
-
-@contextmanager
-def unsharded() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole models and `generate` waits for no other rank.
-
-    While an engine trains in this process transformers does neither: with ZeRO-3 it shards whatever is loaded, with
-    FSDP's `cpu_ram_efficient_loading` only the first rank reads weights.
-    """
-    # The configuration itself has no public reader, but for the reference that transformers keeps of it.
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    config = None if reference is None else reference()
-    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed_integration.set_hf_deepspeed_config(config)
-        if fsdp is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = fsdp
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.data.schema import PreferencePair
 from equipoise.data.templates import ConversationEncoder, EncodingLimits
+from equipoise.train.trainers.completion_head import completion_head
 
 PARTS = 3
 """A pair's segments: prompt, chosen, rejected."""
@@ -244,13 +245,11 @@ def can_share_prompt(
 ) -> bool:
     """Whether shared rows give the log-probabilities of rows of their own, tried on small made-up pairs.
 
-    The model must carry the completion head. False for models that reject a 4-D mask, ignore it, or ignore
-    position ids (recurrent layers, sliding windows built from a 2-D mask ...). tolerance: nats a token.
+    False for models that reject a 4-D mask, ignore it, or ignore position ids (recurrent layers, sliding windows built
+    from a 2-D mask ...). The model is left as it is. tolerance: nats a token.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        0, min(len(tokenizer), model.config.get_text_config().vocab_size), (24,), generator=generator
-    )
+    ids = torch.randint(0, len(tokenizer), (24,), generator=generator)
     # 24, 10 and 10 tokens: the two short ones share a row.
     cuts = [((0, 8), (8, 13), (13, 24)), ((20, 24), (0, 3), (3, 6)), ((10, 13), (3, 7), (15, 18))]
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -260,12 +259,13 @@ def can_share_prompt(
     ]
     was_training = model.training
     model.eval()
+    results = []
     try:
-        results = []
-        for two_rows in (False, True):
-            batch = PairCollator(pad_token_id=0, two_rows=two_rows)(examples)
-            inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
-            results.append(model(**inputs).log_probs)
+        with completion_head(model):
+            for two_rows in (False, True):
+                batch = PairCollator(pad_token_id=0, two_rows=two_rows)(examples)
+                inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
+                results.append(model(**inputs).log_probs)
         return bool(torch.allclose(results[0], results[1], atol=tolerance, rtol=0.02))
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
         return False  # the model does not take a 4-D mask or position ids at all

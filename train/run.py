@@ -1,5 +1,6 @@
 """Run a recipe: data, then the stages one after the other, each judged and gated, then the report."""
 
+import gc
 import json
 import os
 import time
@@ -26,6 +27,7 @@ from equipoise.data.taxonomy import OTHER
 from equipoise.eval.gate import GateResult, GateRules
 from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
+from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.loading import load_judge
 from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.eval.terminal import Progress, console, say
@@ -53,6 +55,7 @@ from equipoise.train.recipe.stages import (
     StageConfig,
     TokenBiasStageConfig,
 )
+from equipoise.train.sharding import unsharded
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.grpo import run_grpo
 from equipoise.train.stages.kto import run_kto
@@ -78,7 +81,8 @@ def run(recipe: Recipe) -> int:
     if recipe.model.dtype == "native":
         recipe = replace(recipe, model=replace(recipe.model, dtype=native_dtype()))
     agree_on_precision(recipe.model, say)
-    data = load_data(recipe.data, recipe.seed, _data_helpers(recipe))
+    with unsharded():  # a judge that helps to prepare it is loaded when it is first asked
+        data = load_data(recipe.data, recipe.seed, _data_helpers(recipe))
     say(f"data: {data.summary()}")
     check_data(recipe, data)
     run_dir = Path(recipe.output_dir) / recipe.name / f"seed{recipe.seed}"
@@ -121,7 +125,7 @@ def _run(recipe: Recipe, data: SafetyData, run_dir: Path, base_folder: str) -> i
                 rewind=tracker.rewind if tracker is not None else lambda stage, step: None,
                 say=say,
                 progress=progress,
-                load_judge=lambda: load_judge(recipe.judge),
+                load_judge=lambda: _judge(recipe),
             )
             gatekeeper, seconds, facts, token_bias = _walk(context)
         exit_code = final_exit_code(gatekeeper)
@@ -184,7 +188,7 @@ def _walk(
     facts: dict[str, dict[str, object]] = {}
     judged = recipe.evaluation.baseline or any(stage.evaluate for stage in recipe.stages.values())
     gatekeeper = Gatekeeper(
-        context, load_judge(recipe.judge) if judged else None, GateRules(**recipe.gate.rules), names
+        context, _judge(recipe) if judged else None, GateRules(**recipe.gate.rules), names
     )
     context.gate_inside = gatekeeper.inside_stage
     if recipe.evaluation.baseline:
@@ -254,6 +258,10 @@ RUNNERS: dict[type[StageConfig], Callable[[str, Any, str, StageContext], StageRe
 
 def _run_stage(name: str, stage: StageConfig, policy: str, context: StageContext) -> StageResult:
     result = RUNNERS[type(stage)](name, stage, policy, context)
+    # A trainer and its callbacks hold one another: their model would stay while the result is judged.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if PartialState().is_main_process:
         # The last file written: a stage without it is run again.
         write_aside(context.stage_dir(name) / "done.json", result.to_json())
@@ -281,11 +289,17 @@ def _resumed(context: StageContext, name: str) -> StageResult | None:
     )
 
 
+def _judge(recipe: Recipe) -> Judge:
+    """The recipe's judge; one that is a model is whole on every rank."""
+    with unsharded():
+        return load_judge(recipe.judge)
+
+
 def _data_helpers(recipe: Recipe) -> Helpers:
     """The recipe's judge, where cleansing or categories ask for it."""
     if recipe.data.categorise != "judge" and recipe.data.cleaning.p_safe != "judge":
         return Helpers()
-    judge = load_judge(recipe.judge)
+    judge = _judge(recipe)
 
     def p_safe(prompts: Sequence[Sequence[Turn]], answers: Sequence[str]) -> list[float | None]:
         found = judge.judge(prompts, answers)

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import TrainingArguments
 
@@ -21,9 +27,12 @@ from equipoise.train import preemption
 from equipoise.train.checkpoints import STATE_FILE, find_checkpoint, read_manifest, step_of
 from equipoise.train.claim import launch, recipe_digest, recipe_digests, versions
 from equipoise.train.diagnostics.steps import StepWatch, StepWatchCallback
-from equipoise.train.model import adapters_in_fp32, save_adapter, save_merged
+from equipoise.train.model import adapters_in_fp32, load_policy, save_adapter, save_merged
+from equipoise.train.pairs import can_share_prompt
+from equipoise.train.ranks import from_first
 from equipoise.train.recipe import ModelConfig, Recipe
 from equipoise.train.recipe.stages import TrainingConfig
+from equipoise.train.sharding import is_sharded
 from equipoise.train.stages.context import Progress, StageContext
 
 
@@ -44,6 +53,32 @@ def save_trained(trainer: Any, policy: str, config: ModelConfig, folder: Path) -
         write_aside(folder / STATE_FILE, json.dumps(trainer.terms.state_dict()) + "\n")
     trainer.accelerator.wait_for_everyone()
     return str(folder / "model")
+
+
+def shares_prompts(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str,
+    context: StageContext,
+) -> bool:
+    """Whether answers to one prompt may share its row (`can_share_prompt`), said where they may not. Collective.
+
+    model: what `load_trainable` read from the folder `policy`. The first rank alone asks: under FSDP it has all of the
+    weights; of ZeRO-3's shards it reads the policy once more.
+    """
+
+    def ask() -> bool:
+        whole = model if not is_sharded(model) else load_policy(context.recipe.model, policy)[0]
+        return can_share_prompt(whole, tokenizer)
+
+    share = from_first(ask)
+    if not share:
+        context.say(
+            f"{name}: this model does not take a 4-D attention mask: every answer is trained in a row of its own, "
+            "which encodes a pair's prompt twice and is slower."
+        )
+    return share
 
 
 def examples_per_step(stage: TrainingConfig, num_processes: int | None = None) -> int:

@@ -70,7 +70,7 @@ TRAINERS: dict[str, Trainer] = {
             "recipe=dpo",
             "model.lora.enabled=false",
             *_stage("safe", None, "num_epochs=1.5", "evaluate=false", "learning_rate=1e-3"),
-            "stages.safe.kl={coef: 0.1, estimator: k3}",
+            "stages.safe.kl={coef: 0.1, estimator: reverse}",
         ],
     ),
     "kto": Trainer(
@@ -138,8 +138,12 @@ class Engine:
     launch: Sequence[str]
     """In front of the script."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    shards_weights: bool = False
+    """No rank but the first reads a whole model that is to be trained."""
     fsdp_on_cpu: bool = False
     """Takes what `fsdp_on_cpu.py` does."""
+    shard_all: bool = False
+    """Takes what `shard_all.py` does."""
 
 
 def _accelerate(file: str) -> list[str]:
@@ -155,8 +159,15 @@ ENGINES: dict[str, Engine] = {
             "ddp", 2, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         ),
         Engine("zero2", 2, _accelerate("zero2.yaml"), {"DS_ACCELERATOR": "cpu"}),
-        Engine("zero3", 2, _accelerate("zero3.yaml"), {"DS_ACCELERATOR": "cpu"}),
-        Engine("fsdp2", 2, _accelerate("fsdp2.yaml"), fsdp_on_cpu=True),
+        Engine(
+            "zero3",
+            2,
+            _accelerate("zero3.yaml"),
+            {"DS_ACCELERATOR": "cpu"},
+            shards_weights=True,
+            shard_all=True,
+        ),
+        Engine("fsdp2", 2, _accelerate("fsdp2.yaml"), shards_weights=True, fsdp_on_cpu=True),
     )
 }
 

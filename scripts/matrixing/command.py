@@ -133,7 +133,7 @@ def _shown(trainer: str, engine: str, found: Mapping[Cell, Mapping[str, Any]], n
             for name, value in figures.items()
             if (name.endswith("max_difference") and value > TOLERANCE)
             or (name in ("counts_differ", "ranks_differ") and value)
-            or (name == "same_verdict" and not value)
+            or (name in ("same_verdict", "read_as_sharded") and not value)
         }
         what = "; ".join(
             f"{name}: {value[:3] if isinstance(value, list) else value}" for name, value in wrong.items()

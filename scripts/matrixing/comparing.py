@@ -11,6 +11,8 @@ from torch import Tensor
 
 TOLERANCE = 1e-4
 """Largest difference of a metric, of a weight and of a state, in fp32: sums are added up in another order."""
+WHOLE = 0.7
+"""A rank that has read less than this share of a model has read a shard: of two ranks, half, rounded up a parameter."""
 EXACT = ("/num_", "num_episodes", "held_out/num_pairs")
 """Metrics that are counts: of the same examples they are the same."""
 
@@ -30,6 +32,8 @@ def compare(folder: Path, cell: tuple[str, str]) -> dict[str, Any]:
         "metrics_max_difference": curves,
         "counts_differ": counts,
         "ranks_differ": _differing_ranks(ranks),
+        "last_rank_read": (read := ranks[-1]["whole"]["smallest_share_read"]),
+        "read_as_sharded": (read < WHOLE) == ENGINES[engine].shards_weights,
         "weights_max_difference": _weights(mine / "whole", one / "whole", stage),
         "state_max_difference": _states(ranks[0], one),
         "same_verdict": _verdicts(ranks[0]) == _verdicts(json.loads((one / "rank0.json").read_text())),
@@ -41,6 +45,7 @@ def compare(folder: Path, cell: tuple[str, str]) -> dict[str, Any]:
         not found["counts_differ"]
         and not found["ranks_differ"]
         and found["same_verdict"]
+        and found["read_as_sharded"]
         and all(value <= TOLERANCE for value in differences)
     )
     return found

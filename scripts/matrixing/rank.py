@@ -88,11 +88,12 @@ def observed(told: bool) -> Iterator[dict[str, Any]]:
     """
     from transformers import Trainer
 
+    from equipoise.train import model as train_model
     from equipoise.train.gatekeeper import Gatekeeper
     from equipoise.train.trainers.optimizer_steps import OptimizerSteps
     from equipoise.train.trainers.safe_rlhf import SafeRLHFTrainer
 
-    seen: dict[str, Any] = {"states": [], "verdicts": [], "weights": None}
+    seen: dict[str, Any] = {"states": [], "verdicts": [], "weights": None, "smallest_share_read": 1.0}
     last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
     def tell(step: int) -> None:
@@ -108,6 +109,7 @@ def observed(told: bool) -> Iterator[dict[str, Any]]:
             (SafeRLHFTrainer, "_finish_step"),
             (SafeRLHFTrainer, "train"),
             (Gatekeeper, "decide"),
+            (train_model, "load_model"),
         )
     }
 
@@ -141,15 +143,28 @@ def observed(told: bool) -> Iterator[dict[str, Any]]:
         seen["verdicts"].append(result.to_dict())
         return result
 
-    for (owner, name), function in zip(
-        before, (training_step, train, sample, finish_step, train_safe_rlhf, decide), strict=True
-    ):
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        found = before[train_model, "load_model"](*args, **kwargs)
+        seen["smallest_share_read"] = min(seen["smallest_share_read"], share_held(found[0]))
+        return found
+
+    functions = (training_step, train, sample, finish_step, train_safe_rlhf, decide, load_model)
+    for (owner, name), function in zip(before, functions, strict=True):
         setattr(owner, name, function)
     try:
         yield seen
     finally:
         for (owner, name), function in before.items():
             setattr(owner, name, function)
+
+
+def share_held(model: Any) -> float:
+    """Of the elements of a model, those that have memory on this rank."""
+    held = total = 0
+    for parameter in model.parameters():
+        total += getattr(parameter, "ds_numel", parameter.numel())
+        held += 0 if parameter.is_meta else getattr(parameter, "ds_tensor", parameter).numel()
+    return held / total
 
 
 def digest(parameters: dict[str, Any]) -> str:

@@ -82,6 +82,7 @@ def _launch(folder: Path, engine: Engine, trainers: Sequence[str], limit_seconds
             "overrides": overrides(of, engine, folder / "inputs"),
             "judged": f"stages.{of.stage}.evaluate" if of.judged else None,
             "fsdp_on_cpu": engine.fsdp_on_cpu,
+            "shard_all": engine.shard_all,
         }
         (target / "job.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
     log = targets[0] / "log"

@@ -24,7 +24,6 @@ from equipoise.train.scorer import save_scorer
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages import grpo
 from equipoise.train.stages.context import StageContext, StageResult
-from equipoise.train.trainers import grpo as grpo_trainer
 from equipoise.train.training import STATE_FILE, TrainingError
 
 
@@ -295,7 +294,7 @@ def test_shared_rows_train_like_rows_of_their_own(
 ) -> None:
     stage = make_stage(num_steps=2, temperature=temperature)
     shared = train_grpo(stage, run="shared")
-    monkeypatch.setattr(grpo_trainer, "can_share_prompt", lambda model, tokenizer: False)
+    monkeypatch.setattr("equipoise.train.training.can_share_prompt", lambda model, tokenizer: False)
     apart = train_grpo(stage, run="apart")
     for mine, theirs in zip(shared.steps, apart.steps, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers.integrations import deepspeed
 
 from equipoise.train import model
-from equipoise.train.model import load_policy, merged, peft_config, save_merged, unsharded
+from equipoise.train.model import load_policy, merged, peft_config, save_merged
 from equipoise.train.recipe import LoraConfig, ModelConfig
+from equipoise.train.sharding import unsharded
 
 
 @pytest.mark.parametrize("folder", [None, "somebody/model"])

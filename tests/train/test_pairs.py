@@ -292,9 +292,14 @@ def drop_positions(model: LlamaForCausalLM) -> None:
 def test_a_model_that_can_share_the_prompt(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    add_completion_head(tiny_model.train())
+    tiny_model.train()
     assert can_share_prompt(tiny_model, tiny_tokenizer)
     assert tiny_model.training
+    assert "forward" not in vars(tiny_model)  # asked through a forward of ours, which is gone
+    add_completion_head(tiny_model)
+    mine = tiny_model.forward
+    assert can_share_prompt(tiny_model, tiny_tokenizer)
+    assert tiny_model.forward is mine
 
 
 @pytest.mark.parametrize("cripple", [refuse_4d_masks, drop_masks, drop_positions])

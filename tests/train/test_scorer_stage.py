@@ -106,11 +106,11 @@ def test_the_first_losses_are_the_formulas(train_stage: Any, make_data: Callable
 
 def test_one_row_or_two_rows_a_pair_give_the_same(train_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = train_stage(reward_stage(), run="shared", runner=run_reward_model)
-    monkeypatch.setattr("equipoise.train.stages.scorer.can_share_prompt", lambda *_: False)
+    monkeypatch.setattr("equipoise.train.training.can_share_prompt", lambda *_: False)
     apart = train_stage(reward_stage(), run="apart", runner=run_reward_model)
     assert shared.result.facts["one_row_a_pair"] is True
     assert apart.result.facts["one_row_a_pair"] is False
-    assert "two rows" in apart.said[0]
+    assert "a row of its own" in apart.said[0]
     assert apart.series("train/loss") == pytest.approx(shared.series("train/loss"), rel=1e-4)
 
 

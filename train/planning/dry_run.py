@@ -5,6 +5,7 @@ Of the model only its configuration is read, so a 70B model on a cluster is plan
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from equipoise.data.sources import SafetyData
-from equipoise.data.templates import encode_turns
 from equipoise.eval.models import load_tokenizer
 from equipoise.eval.terminal import console, duration
 from equipoise.train.planning.alternatives import alternatives
 from equipoise.train.planning.engine import Engine
+from equipoise.train.planning.evaluation import BEHIND, Judging
 from equipoise.train.planning.machine import HEADROOM, Machine
 from equipoise.train.planning.memory import Memory, ModelSize, Training
 from equipoise.train.planning.stage_plans import Planning, StagePlan, plan_stage
@@ -56,26 +57,36 @@ def plan(
         "stage", "kind", "steps", "examples", "tokens", "memory", "time", title=f"plan of {recipe.name}"
     )
     rows = {name: plan_stage(name, stage, planning) for name, stage in recipe.stages.items()}
-    needs = {name: planning.memory(recipe.stages[name], row) for name, row in rows.items()}
+    judging = Judging.of(
+        recipe, data, tokenizer, recipe.plan.gpu is not None or torch.cuda.is_available(), say
+    )
+    needs: dict[str, Memory] = {}
+    num_inside = 0
     for name, row in rows.items():
+        stage = recipe.stages[name]
+        needs[name] = judging.beside(name, planning.memory(stage, row))
         time_text = f"about {duration(row.seconds)}" if row.seconds else ""
         memory_text = _gib(needs[name], machine)
-        table.add_row(
-            name, recipe.stages[name].kind, row.steps, row.examples, row.tokens, memory_text, time_text
-        )
-    longest = max(len(encode_turns(tokenizer, e.prompt, prompt=True)) for e in data.harmful_prompts)
+        table.add_row(name, stage.kind, row.steps, row.examples, row.tokens, memory_text, time_text)
+        if times := judging.times_inside(stage, row):
+            phase = f"{BEHIND} in {name}"
+            needs[phase] = judging.inside(name, row, training)
+            num_inside += times
+            table.add_row(phase, f"{times} states", "", "", "", _gib(needs[phase], machine))
+            say(f"{phase}: {_parts(needs[phase])}")
     num_states = recipe.evaluation.baseline + sum(bool(stage.evaluate) for stage in recipe.stages.values())
     num_prompts = len(data.harmful_prompts) + len(data.lookalike_prompts)
-    evaluation = num_states * planning.decoding(num_prompts * recipe.evaluation.max_new_tokens)
+    num_tokens = (num_states + num_inside) * num_prompts * recipe.evaluation.max_new_tokens
+    evaluation = planning.decoding(num_tokens)
     if num_states:
-        needs["evaluation"] = _evaluation(recipe, training, needs, longest)
-        memory_text = _gib(needs["evaluation"], machine)
-        table.add_row(
-            "evaluation", f"{num_states} states", "", "", "", memory_text, f"about {duration(evaluation)}"
-        )
+        needs[BEHIND] = judging.behind(training)
+        memory_text = "elsewhere" if judging.elsewhere else _gib(needs[BEHIND], machine)
+        time_text = f"about {duration(evaluation)}"
+        table.add_row(BEHIND, f"{num_states} states", "", "", "", memory_text, time_text)
     console.print(table)
     say(
-        f"model: {base_folder}, {num_parameters / 1e6:.0f} M parameters; longest judged prompt {longest} tokens"
+        f"model: {base_folder}, {num_parameters / 1e6:.0f} M parameters; longest judged prompt "
+        f"{judging.longest_prompt} tokens"
     )
     measured = (
         "as its data sheet says" if recipe.plan.gpu else "measured just now, and too little on a busy machine"
@@ -87,19 +98,8 @@ def plan(
     )
     if host := max(memory.host for memory in needs.values()):
         say(f"offloaded: about {host / GIB:.0f} GiB of the machine's memory for each device")
-    _refuse_what_cannot_fit(recipe, rows, needs, training, machine)
+    _refuse_what_cannot_fit(judging, rows, needs, training, machine)
     say("dry run: nothing was trained, nothing was written")
-
-
-def _evaluation(recipe: Recipe, training: Training, needs: Mapping[str, Memory], longest: int) -> Memory:
-    """Of judging a checkpoint on a training device; inside a stage it stands beside what the stage holds."""
-    if recipe.gate.devices is not None:
-        return Memory()  # devices of its own
-    alone = training.evaluation(recipe.evaluation.batch_size, longest + recipe.evaluation.max_new_tokens)
-    if not recipe.gate.every:
-        return alone
-    held = max(needs[name].weights + needs[name].states for name in recipe.stages)
-    return replace(alone, states=held)
 
 
 def planned_engine(plan: PlanConfig) -> Engine:
@@ -128,7 +128,7 @@ def _gib(memory: Memory, machine: Machine) -> str:
 
 
 def _refuse_what_cannot_fit(
-    recipe: Recipe,
+    judging: Judging,
     rows: Mapping[str, StagePlan],
     needs: Mapping[str, Memory],
     training: Training,
@@ -142,12 +142,26 @@ def _refuse_what_cannot_fit(
         f"fill {HEADROOM:.0%}{_less_process(machine)}: {max(machine.room, 0) / GIB:.1f} GiB."
     ]
     lines += [f"  {name}: {_parts(memory)}" for name, memory in too_large.items()]
-    if "evaluation" in too_large:
-        lines.append(_evaluated_elsewhere(recipe))
-    stages = {name: row for name, row in rows.items() if name in too_large}
+    inside = {name: f"{BEHIND} in {name}" for name in rows if f"{BEHIND} in {name}" in needs}
+    judged: dict[str, Callable[[int], Memory]] = {
+        phase: partial(judging.inside, name, rows[name], training)
+        for name, phase in inside.items()
+        if phase in too_large
+    }
+    if BEHIND in too_large:
+        judged[BEHIND] = partial(judging.behind, training)
+    if judged:
+        where = "every device" if judging.recipe.gate.where == "in_process" else "the first rank's device"
+        lines.append(f"Judging loads the state's model whole onto {where}. What fits:")
+        lines += [f"  {way}" for way in judging.ways_out(judged, machine.room)]
+    stages = {
+        name: _with_judging(judging, name, row, name in inside)
+        for name, row in rows.items()
+        if name in too_large or inside.get(name) in too_large
+    }
     if stages:
-        found = alternatives(recipe.stages, rows, training, machine.room)
-        lines += ["What fits, the cheapest first:", *(f"  {way}" for way in found)]
+        found = alternatives(judging.recipe.stages, stages, training, machine.room)
+        lines += [_heading(judged), *(f"  {way}" for way in found)]
         if not found:
             lines[-1] = (
                 "Nothing that was tried fits, up to 1,024 devices: take a smaller model, or shorter data.max_length."
@@ -159,6 +173,22 @@ def _refuse_what_cannot_fit(
     raise PlanError("\n".join(lines))
 
 
+def _heading(judged: Mapping[str, object]) -> str:
+    return f"What fits{', judging as it is' if judged else ''}, the cheapest first:"
+
+
+def _with_judging(judging: Judging, name: str, row: StagePlan, inside: bool) -> StagePlan:
+    """The stage with its judges and, where states are judged inside it, with the larger of both phases."""
+
+    def needs(training: Training, batch_size: int) -> Memory:
+        phases = [judging.beside(name, row.needs(training, batch_size))]
+        if inside:
+            phases.append(judging.inside(name, row, training))
+        return max(phases, key=lambda memory: memory.total)
+
+    return replace(row, needs=needs)
+
+
 def _less_process(machine: Machine) -> str:
     return (
         f", less {machine.process / GIB:.1f} GiB that this process takes already" if machine.process else ""
@@ -166,15 +196,8 @@ def _less_process(machine: Machine) -> str:
 
 
 def _parts(memory: Memory) -> str:
-    names = ("weights", "states", "gathered", "activations", "logits", "cache")
+    names = ("weights", "states", "gathered", "evaluated", "judge", "activations", "logits", "cache")
     parts = [
         f"{name} {getattr(memory, name) / GIB:.1f}" for name in names if getattr(memory, name) > 0.05 * GIB
     ]
     return f"{memory.total / GIB:.1f} GiB ({', '.join(parts)})"
-
-
-def _evaluated_elsewhere(recipe: Recipe) -> str:
-    return (
-        "Evaluation holds the whole model on every device. Take less than evaluation.batch_size="
-        f"{recipe.evaluation.batch_size} where it is the KV cache, else gate.where=vllm with gate.devices of its own."
-    )

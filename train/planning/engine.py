@@ -103,6 +103,14 @@ class Engine:
         gradients = width * parameters / (1 if self.name == "zero1" else num)
         return gradients + 3 * FP32 * parameters / num
 
+    def gradients(self, training: "Training") -> float:
+        """Of the states: what is let go with every step's `zero_grad`; DeepSpeed's are counted as kept."""
+        if self.offload != "none" or self.name.startswith("zero"):
+            return 0.0
+        width = training.width if training.rank is None else FP32
+        whole = width * training.num_trained
+        return whole / self.num_processes if self.name in SHARDED else whole
+
     def gathered(self, training: "Training") -> float:
         """Weights that are whole for a while: gathered from other devices, or in full precision out of four bits."""
         size = training.size

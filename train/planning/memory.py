@@ -1,6 +1,6 @@
 """What a stage takes in memory on one device, worked out from the model's size and the stage's keys.
 
-    M  weights + states + gathered + max over phases of (activations + logits + KV cache)
+    M  weights + states + gathered + judge + max over phases of (activations + logits + KV cache)
 
 with P parameters, w bytes each (bf16: 2), A adapter parameters, n tokens in a forward pass with gradients, L layers of
 hidden size H, attention size a (heads x head size) and inner size I, adapter rank r, vocabulary V:
@@ -96,6 +96,10 @@ class Memory:
     """Adapters, gradients and optimizer moments."""
     gathered: float = 0
     """Weights that are whole, or in full precision, for a while."""
+    evaluated: float = 0
+    """A model that is judged, beside what is trained or alone (`evaluation.py`)."""
+    judge: float = 0
+    """Models that judge."""
     activations: float = 0
     logits: float = 0
     cache: float = 0
@@ -105,7 +109,8 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it on the device."""
-        return self.weights + self.states + self.gathered + self.activations + self.logits + self.cache
+        held = self.weights + self.states + self.gathered + self.evaluated + self.judge
+        return held + self.activations + self.logits + self.cache
 
 
 @dataclass(frozen=True)
@@ -262,7 +267,3 @@ class Training:
             activations=self.width * num_tokens * self.kept_a_layer(),
             logits=table + 3 * FP32 * num_tokens * self.size.vocab_size,
         )
-
-    def evaluation(self, num_answers: int, length: int) -> Memory:
-        """Judging a checkpoint: the whole model on every device, answering `num_answers` prompts at a time."""
-        return Memory(weights=self.whole, cache=self.cache(num_answers, length))

@@ -9,8 +9,8 @@ from equipoise.data.schema import HELPFUL
 from equipoise.data.templates import encode_turns
 from equipoise.eval.judges.base import Judge, Judgement, Verdict
 from equipoise.eval.scorer import Scorer, cut_behind_end, score_rows
-from equipoise.train.model import unsharded
 from equipoise.train.rewards.verifiable import Reward, completion_text
+from equipoise.train.sharding import unsharded
 
 _SCORES = {Verdict.SAFE: 1.0, Verdict.CONTROVERSIAL: 0.0, Verdict.UNSAFE: -1.0}
 """A verdict that is missing here is no finding, and gives no reward."""

@@ -22,7 +22,7 @@ from equipoise.data.templates import encode_turns
 from equipoise.eval.generation.engine import GenerationSettings, end_tokens
 from equipoise.eval.scorer import load_scorer
 from equipoise.train.losses.lagrange import ALL, Multipliers
-from equipoise.train.model import default_device, load_policy, load_trainable, peft_config
+from equipoise.train.model import default_device, load_frozen, load_policy, load_trainable, peft_config
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.recipe.stages import CategoryConfig
@@ -35,6 +35,7 @@ from equipoise.train.rewards.verifiable import (
     response_length,
 )
 from equipoise.train.scorer import check_scorer
+from equipoise.train.sharding import unsharded
 from equipoise.train.stage_tasks import StageTasks, judged_categories, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.task_scores import TaskScores, score_tasks
@@ -44,6 +45,7 @@ from equipoise.train.training import (
     TrainingError,
     examples_per_step,
     save_trained,
+    shares_prompts,
     train,
     training_arguments,
 )
@@ -59,6 +61,7 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
     num_prompts = prompts_per_step(stage)
     set_seed(recipe.seed)  # a stage starts alike whether or not the one before ran in this process
     tasks = stage_tasks(stage, context.data, recipe.seed)
+    before = _before(name, stage, policy, tasks.held_out, context)
     model, tokenizer = load_trainable(recipe.model, policy, context.say)
     drawn, num_steps, too_long = draw_tasks(tasks, stage, tokenizer, recipe, num_prompts)
     if too_long:
@@ -73,10 +76,9 @@ def run_grpo(name: str, stage: GRPOStageConfig, policy: str, context: StageConte
         "num_too_long": len(too_long),
         "num_draws": len(drawn),
     }
-    before = _before(name, stage, policy, model, tokenizer, tasks.held_out, context)
     names = sorted({task.category for task in drawn})
     terms = CategoryTerms(CategoryConfig(weight=stage.weight), names, [task.category for task in drawn])
-    trainer = _trainer(name, stage, model, tokenizer, drawn, names, terms, num_steps, context)
+    trainer = _trainer(name, stage, policy, model, tokenizer, drawn, names, terms, num_steps, context)
     train(trainer, name, stage, context, trainer.load_state_dict)
     model_folder = save_trained(trainer, policy, recipe.model, context.stage_dir(name))
     if trainer.multipliers is not None:
@@ -171,13 +173,14 @@ def reward_functions(
         folder = finished.scorer_folder if finished is not None else stage.cost.model
         check_scorer(str(folder), "cost", tokenizer, "cost.model")
         model = context.recipe.model
-        scorer = load_scorer(
-            str(folder),
-            model.dtype,  # type: ignore[arg-type]
-            default_device(),
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=model.trust_remote_code,
-        )
+        with unsharded():  # every rank scores its own answers
+            scorer = load_scorer(
+                str(folder),
+                model.dtype,  # type: ignore[arg-type]
+                default_device(),
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+            )
         rewards[COST] = Cost(scorer, tokenizer, stage.cost.batch_size, ends)
     return rewards
 
@@ -197,6 +200,7 @@ def multipliers_of(stage: GRPOStageConfig, categories: Sequence[str]) -> Multipl
 def _trainer(
     name: str,
     stage: GRPOStageConfig,
+    policy: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drawn: Sequence[Task],
@@ -219,6 +223,9 @@ def _trainer(
     try:
         return VerifiableTrainer(
             model=model,
+            ref_model=load_frozen(recipe.model, policy)
+            if stage.beta and not recipe.model.lora.enabled
+            else None,
             args=_arguments(stage, recipe, context.stage_dir(name) / "checkpoints", num_steps),
             dataset=Dataset.from_list(rows),
             category_names=names,
@@ -226,6 +233,7 @@ def _trainer(
             stage=stage,
             terms=terms,
             multipliers=multipliers_of(stage, names),
+            share_rows=shares_prompts(name, model, tokenizer, policy, context),
             log=lambda metrics, step: context.log(metrics, step, name),
             processing_class=tokenizer,
             peft_config=peft_config(recipe.model),
@@ -268,8 +276,6 @@ def _before(
     name: str,
     stage: GRPOStageConfig,
     policy: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     held_out: Sequence[Task],
     context: StageContext,
 ) -> TaskScores | None:
@@ -279,8 +285,8 @@ def _before(
         return None
     if path.exists():
         return TaskScores.from_json(path.read_text(encoding="utf-8"))
-    if context.recipe.model.quantization != "none":  # asked as it will be behind the stage: in full precision
-        model, _ = load_policy(context.recipe.model, policy)
+    # Asked as it will be behind the stage, whole and in full precision; gone before the one to be trained is loaded.
+    model, tokenizer = load_policy(context.recipe.model, policy)
     before = _ask(name, stage, model.to(default_device()), tokenizer, held_out, context, "before")
     if PartialState().is_main_process:
         context.log(before.metrics(), 0, name)

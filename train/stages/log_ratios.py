@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from equipoise.data.templates import EncodingLimits
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers, encode_chosen
 from equipoise.train.model import (
-    load_policy,
+    load_frozen,
     load_trainable,
     peft_config,
     uses_frozen_copy,
@@ -31,7 +30,7 @@ from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.preference import PreferenceTrainer
 from equipoise.train.trainers.random_contexts import RandomContexts
-from equipoise.train.training import save_trained, train, training_arguments
+from equipoise.train.training import save_trained, shares_prompts, train, training_arguments
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def train_on_log_ratios(
     frozen_copy = uses_frozen_copy(recipe.model)
     reference = None
     if frozen_copy and (stage.kl.active or stage.token_bias.coef):
-        reference = frozen_copy_of(policy, recipe)
+        reference = load_frozen(recipe.model, policy)
     trainer = trainer_class(
         model=model,
         ref_model=reference,
@@ -115,7 +114,7 @@ def train_on_log_ratios(
         benign=benign_answers(stage.kl, tokenizer, context),
         reference_key=_reference_key(policy, recipe.model, context.say),
         log=lambda metrics, step: context.log(metrics, step, name),
-        warn=context.say,
+        share_rows=shares_prompts(name, model, tokenizer, policy, context),
         progress=lambda done, total, what: context.progress(done, total, f"{name}: {what}"),
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model),
@@ -152,12 +151,6 @@ def _reference_key(policy: str, model: ModelConfig, say: Callable[[str], None]) 
             return None
 
     return from_first(key)
-
-
-def frozen_copy_of(policy: str, recipe: Recipe) -> torch.nn.Module:
-    """A second model from the folder `policy`, to be the reference."""
-    model, _ = load_policy(recipe.model, policy)
-    return model.requires_grad_(False)
 
 
 def benign_answers(

@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -20,8 +20,8 @@ from equipoise.eval.generation.engine import end_tokens
 from equipoise.eval.scorer import Scorer
 from equipoise.eval.scorer_card import ScorerCard
 from equipoise.eval.statistics import wilson_interval
-from equipoise.train.model import load_trainable, peft_config, whole_tensors
-from equipoise.train.pairs import can_share_prompt, encode_pairs
+from equipoise.train.model import load_trainable, peft_config
+from equipoise.train.pairs import encode_pairs
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import Recipe
 from equipoise.train.recipe.stages import (
@@ -32,12 +32,12 @@ from equipoise.train.recipe.stages import (
 )
 from equipoise.train.scorer import save_scorer
 from equipoise.train.scorer_pairs import scorer_pairs, scorer_rows, split_by_prompt
+from equipoise.train.sharding import whole_tensors
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.stages.log_ratios import draw
 from equipoise.train.trainers.category_terms import CategoryTerms
-from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.scorer import ScorePairCollator, ScorerTrainer
-from equipoise.train.training import examples_per_step, train, training_arguments
+from equipoise.train.training import examples_per_step, shares_prompts, train, training_arguments
 
 
 def run_reward_model(
@@ -78,7 +78,9 @@ def _train_scorer(
     for line in left_out:
         context.say(f"{name}: {line}")
     terms = CategoryTerms(CategoryConfig(weight=stage.weight), names, list(rows["category"]))
-    collator = _collator(name, model, tokenizer, context)
+    collator = ScorePairCollator(
+        tokenizer.pad_token_id, not shares_prompts(name, model, tokenizer, policy, context)
+    )
     trainer = ScorerTrainer(
         model=_scorer(model, recipe),
         args=TrainingArguments(**training_arguments(stage, recipe, folder / "checkpoints", num_steps)),
@@ -135,19 +137,6 @@ def _scorer(model: PreTrainedModel, recipe: Recipe) -> Scorer:
     if recipe.model.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return Scorer(backbone)
-
-
-def _collator(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: StageContext
-) -> ScorePairCollator:
-    add_completion_head(model)
-    two_rows = not can_share_prompt(model, tokenizer)
-    if two_rows:
-        context.say(
-            f"{name}: this model does not take a 4-D attention mask: pairs are trained in two rows, which encodes "
-            "every prompt twice and is slower."
-        )
-    return ScorePairCollator(tokenizer.pad_token_id, two_rows)
 
 
 def _indexed(dataset: Dataset, names: list[str]) -> Dataset:

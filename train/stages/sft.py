@@ -10,15 +10,21 @@ from equipoise.data.schema import PreferencePair, UnpairedExchange
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import EncodingLimits
 from equipoise.train.answers import chosen_answers, encode_answers
-from equipoise.train.model import load_trainable, peft_config, uses_frozen_copy
+from equipoise.train.model import load_frozen, load_trainable, peft_config, uses_frozen_copy
 from equipoise.train.recipe.stages import CategoryConfig, SFTStageConfig
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages.context import StageContext, StageResult
-from equipoise.train.stages.log_ratios import benign_answers, draw, frozen_copy_of
+from equipoise.train.stages.log_ratios import benign_answers, draw
 from equipoise.train.stages.preference import select_pairs
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.sft import SupervisedTrainer
-from equipoise.train.training import examples_per_step, save_trained, train, training_arguments
+from equipoise.train.training import (
+    examples_per_step,
+    save_trained,
+    shares_prompts,
+    train,
+    training_arguments,
+)
 
 
 def safe_choices(stage: SFTStageConfig, data: SafetyData) -> tuple[list[PreferencePair], int]:
@@ -62,7 +68,7 @@ def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext
     )
     trainer = SupervisedTrainer(
         model=model,
-        ref_model=frozen_copy_of(policy, recipe)
+        ref_model=load_frozen(recipe.model, policy)
         if stage.kl.active and uses_frozen_copy(recipe.model)
         else None,
         args=SFTConfig(
@@ -76,8 +82,8 @@ def run_sft(name: str, stage: SFTStageConfig, policy: str, context: StageContext
         stage=stage,
         terms=terms,
         benign=benign_answers(stage.kl, tokenizer, context),
+        share_rows=shares_prompts(name, model, tokenizer, policy, context),
         log=lambda metrics, step: context.log(metrics, step, name),
-        warn=context.say,
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model),
     )

@@ -8,6 +8,7 @@ to live in `forward` because DDP, FSDP and DeepSpeed hook there.
 import contextlib
 import functools
 import types
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,9 +107,30 @@ def add_completion_head(model: PreTrainedModel | PeftModel) -> None:
         with whole_head(self):
             head = lm_head(self).at(completion_temperature)
             log_probs = selected_log_probs(
-                hidden, head.weight, head.bias, completion_targets, scale=head.scale, softcap=head.softcap
+                hidden,
+                head.weight,
+                head.bias,
+                completion_targets,
+                scale=head.scale,
+                softcap=head.softcap,
+                gathered=functools.partial(whole_head, self),
             )
         return CompletionOutput(log_probs=log_probs, hidden=hidden)
 
     base.forward = types.MethodType(forward, base)
     base._has_completion_head = True
+
+
+@contextlib.contextmanager
+def completion_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, `model` has the completion forward; behind it, the forward that it had."""
+    base = base_causal_lm(model)
+    before = {
+        name: base.__dict__[name] for name in ("forward", "_has_completion_head") if name in base.__dict__
+    }
+    add_completion_head(model)
+    try:
+        yield
+    finally:
+        del base.forward, base._has_completion_head
+        vars(base).update(before)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 
 from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
-from equipoise.train.model import is_sharded
-from equipoise.train.pairs import can_share_prompt
 from equipoise.train.recipe.rl import GRPOStageConfig
 from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
+from equipoise.train.sharding import is_sharded, own_reference
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
@@ -62,6 +62,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         self,
         *,
         model: nn.Module,
+        ref_model: nn.Module | None,
         args: GRPOConfig,
         dataset: Dataset,
         category_names: Sequence[str],
@@ -69,10 +70,14 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         stage: GRPOStageConfig,
         terms: CategoryTerms,
         multipliers: Multipliers | None,
+        share_rows: bool,
         log: Callable[[Mapping[str, float], int], None],
         **kwargs: Any,
     ) -> None:
-        """rewards: by name, those of `stage.rewards` and `cost` where there is a cost model (with its multipliers)."""
+        """rewards: by name, those of `stage.rewards` and `cost` where there is a cost model (with its multipliers).
+
+        share_rows: the answers of a group stand behind their prompt in one row; only for models that take a 4-D mask.
+        """
         assert (COST in rewards) == (multipliers is not None)
         self.stage, self.terms, self.multipliers = stage, terms, multipliers
         self.category_names = tuple(category_names)
@@ -85,25 +90,22 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         self._batches: list[Mapping[str, Any]] = []
         """Of the step at work."""
         self._step = 0
-        self._can_share = False
-        """Whether the model takes rows that answers share."""
         self._table = StepTable((*ANSWER_COLUMNS, *self.reward_names, *TOKEN_COLUMNS))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=dataset,
-            reward_funcs=[self._finite(name, function) for name, function in rewards.items()],
-            **kwargs,
-        )
+        with own_reference(grpo_trainer, ref_model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=dataset,
+                reward_funcs=[self._finite(name, function) for name, function in rewards.items()],
+                **kwargs,
+            )
         self.steps_between_checkpoints = self.num_iterations  # then the answers have been used up
         add_completion_head(self.model)
         if self.ref_model is not None:
             add_completion_head(self.accelerator.unwrap_model(self.ref_model))
         soft_cap = lm_head(base_causal_lm(self.accelerator.unwrap_model(self.model))).softcap
         # Behind a soft cap a temperature is no scale of the logits; TRL then takes rows of their own.
-        self._can_share = can_share_prompt(self.model, self._tokenizer) and (
-            self.temperature == 1.0 or soft_cap is None
-        )
+        self._can_share = share_rows and (self.temperature == 1.0 or soft_cap is None)
 
     # ---- sampling and rewards ---------------------------------------------------------------------------------
 

@@ -46,7 +46,13 @@ class Reference:
         policy = base_causal_lm(unwrap(self._trainer.model))
         ref_model = self._trainer.ref_model
         reference = base_causal_lm(unwrap(ref_model)) if ref_model is not None else policy
-        with whole_head(policy), whole_head(reference) if reference is not policy else nullcontext():
+
+        @contextlib.contextmanager
+        def gathered() -> Iterator[None]:
+            with whole_head(policy), whole_head(reference) if reference is not policy else nullcontext():
+                yield
+
+        with gathered():
             head = lm_head(policy)
             return token_kl(
                 hidden,
@@ -57,6 +63,7 @@ class Reference:
                 ref_weight=lm_head(reference).weight if reference is not policy else None,
                 scale=head.scale,
                 softcap=head.softcap,
+                gathered=gathered,
             )
 
 

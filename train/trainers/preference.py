@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from equipoise.train import reference_cache
 from equipoise.train.answers import BenignAnswers
@@ -23,12 +24,12 @@ from equipoise.train.locks import made_once
 from equipoise.train.losses.preference import PairLogps, mixed_loss, sft_loss
 from equipoise.train.pairs import (
     PairCollator,
-    can_share_prompt,
     dataset_key,
     model_inputs,
     sum_by_sequence,
 )
 from equipoise.train.recipe.stages import LogRatioStageConfig, PreferenceStageConfig
+from equipoise.train.sharding import own_reference
 from equipoise.train.trainers.category_terms import TIE, CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
@@ -70,15 +71,18 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         contexts: RandomContexts | None,
         benign: BenignAnswers | None = None,
         reference_key: str | None = None,
+        share_rows: bool = True,
         log: Callable[[Mapping[str, float], int], None],
-        warn: Callable[[str], None],
         progress: Callable[[int, int, str], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        """reference_key: names the reference's weights in the cache of its log-probabilities; None: not cached."""
+        """reference_key: names the reference's weights in the cache of its log-probabilities; None: not cached.
+
+        share_rows: pairs of one row, short ones several in a row; only for models that take a 4-D mask.
+        """
         self.stage, self.terms, self.contexts = stage, terms, contexts
         self.category_names, self.pair_ids = tuple(category_names), tuple(pair_ids)
-        self._log_metrics, self._warn, self._reference_progress = log, warn, progress
+        self._log_metrics, self._reference_progress = log, progress
         self._table = StepTable(self.columns)
         self._num_chosen_tokens: Tensor | None = None
         """Of the step, over all ranks; None where nothing is divided by it."""
@@ -94,24 +98,18 @@ class PreferenceTrainer(OptimizerSteps, DPOTrainer):
         self._kl_penalty = KLPenalty(stage.kl, category_names, self._reference, benign)
         self._benign_kl: Tensor | None = None
         """The step's KL on benign answers on this rank; None on a step without one."""
-        collator = PairCollator(kwargs["processing_class"].pad_token_id)
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            train_dataset=dataset,
-            data_collator=collator,
-            **kwargs,
-        )
+        with own_reference(dpo_trainer, ref_model):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                train_dataset=dataset,
+                data_collator=PairCollator(kwargs["processing_class"].pad_token_id, two_rows=not share_rows),
+                **kwargs,
+            )
         for module in (self.model, self.ref_model):
             if module is not None:
                 add_completion_head(self.accelerator.unwrap_model(module))
-        if not can_share_prompt(self.model, self.processing_class):
-            self.data_collator.two_rows = True
-            self._warn(
-                "This model does not take a 4-D attention mask: pairs are trained in two rows, which encodes every "
-                "prompt twice and is slower."
-            )
         self.add_callback(AtBeginning(self.load_reference))
 
     # ---- data -------------------------------------------------------------------------------------------------

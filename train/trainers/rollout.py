@@ -31,7 +31,7 @@ from transformers import (
 
 from equipoise.eval.generation.batches import base_of, decoding_by, inference, left_pad
 from equipoise.eval.generation.engine import end_tokens
-from equipoise.train.model import is_sharded
+from equipoise.train.sharding import is_sharded
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,6 @@ class SafeRLHFTrainer:
         self.answers_a_rank = stage.per_device_batch_size * stage.gradient_accumulation_steps
         self.prompts_a_rank = self.answers_a_rank // stage.num_generations
         self.num_steps = len(draws.prompt_ids) // (self.prompts_a_rank * accelerator.num_processes)
-        self._parameters = {role: list(models.parameters(role).values()) for role in models.roles}
         self._multiplier_index = torch.full((len(draws.names),), -1)
         if multipliers is not None:
             self._multiplier_index = multipliers.index(draws.names)
@@ -132,6 +131,7 @@ class SafeRLHFTrainer:
             models.shard(accelerator.device)
         for module in models.modules:
             module.to(accelerator.device)
+        self._parameters = {role: list(models.parameters(role).values()) for role in models.roles}
         groups = [
             {
                 "params": self._parameters[role],

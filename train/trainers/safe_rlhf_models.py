@@ -6,13 +6,14 @@
 
 Under an engine that shards parameters (FSDP, ZeRO-3) the frozen weights of every backbone's layers are spread over the
 ranks by PyTorch's FSDP 2, and gathered layer by layer as passes need them. Adapters and heads stay whole on every rank,
-and so do embeddings, norms and LM head: gradients, optimizer and checkpoints are those of an unsharded run.
+and so do embeddings, norms and LM head: gradients, optimizer and checkpoints are those of an unsharded run. One rank of
+each machine reads the weights (`sharding.read_in_shards`), the first sends them to all.
 
 Passes are made role by role, each with its backward pass before the next one: the activations of one role are in
 memory at a time, and gradient checkpointing recomputes with the adapter that was active.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,15 +22,18 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from equipoise.eval.scorer import Scorer, load_scorer, load_scorer_head
 from equipoise.eval.scorer_card import ScorerError, read_card, weights_hash
-from equipoise.train.model import load_policy, load_trainable, peft_config, uses_frozen_copy
+from equipoise.train.model import load_frozen, load_trainable, peft_config, uses_frozen_copy
+from equipoise.train.planning.engine import SHARDED, Engine
 from equipoise.train.recipe import ModelConfig
+from equipoise.train.sharding import read_in_shards
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm
 from equipoise.train.trainers.rollout import RolloutBatch
 
@@ -97,13 +101,31 @@ class SafeRLHFModels:
             module.eval()
 
     def shard(self, device: torch.device) -> None:
-        """Spread the frozen weights over the ranks; to be called before anything is on `device`. Collective."""
-        decoders: list[Any] = [
+        """Spread the frozen weights over the ranks; to be called before anything is on `device`. Collective.
+
+        Parameters are others behind it.
+        """
+        mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+        for decoder in self._decoders:
+            _shard_layers(decoder, mesh, device)
+        for module in self.modules:
+            _allocate(module, device)
+            base = module.backbone if isinstance(module, Scorer) else module
+            base_causal_lm(cast(Any, base)).tie_weights()
+        _take_from_first(self.modules, device)
+        for (
+            decoder
+        ) in self._decoders:  # the root, which lets one layer be gathered ahead, shards nothing itself
+            fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
+
+    @property
+    def _decoders(self) -> list[Any]:
+        """Of all modules; the shared layout has one."""
+        found = [
             module.decoder if isinstance(module, Scorer) else base_causal_lm(cast(Any, module)).base_model
             for module in self.modules
         ]
-        for decoder in {id(decoder): decoder for decoder in decoders}.values():  # the shared layout has one
-            _shard_frozen(decoder, device)
+        return list({id(decoder): decoder for decoder in found}.values())
 
     def _activate(self, role: str, *, trained: bool = False) -> None:
         if self.shared and self._active != (role, trained):  # switching walks over every layer
@@ -165,22 +187,35 @@ class SafeRLHFModels:
                 parameter.copy_(state[name])
 
 
-def _shard_frozen(decoder: PreTrainedModel, device: torch.device) -> None:
+def _shard_layers(decoder: PreTrainedModel, mesh: DeviceMesh, device: torch.device) -> None:
     """FSDP 2 on the frozen weights of the decoder's layers. Every pass goes through the decoder's own `__call__`."""
     kinds = set(decoder._no_split_modules or ())
-    layers = [module for module in decoder.modules() if type(module).__name__ in kinds]
-    sharded = {
-        parameter
-        for layer in layers
-        for name, parameter in layer.named_parameters()
+    for layer in [module for module in decoder.modules() if type(module).__name__ in kinds]:
+        _allocate(layer, device)
+        _take_from_first([layer], device)  # one layer at a time is whole on a device
         # The scorers' adapters are frozen as well. Quantised weights are bytes, which FSDP cannot take.
-        if "lora_" not in name and not parameter.requires_grad and parameter.is_floating_point()
-    }
-    kept = set(decoder.parameters()) - sharded
-    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
-    for layer in layers:
+        kept = {
+            parameter
+            for name, parameter in layer.named_parameters()
+            if "lora_" in name or parameter.requires_grad or not parameter.is_floating_point()
+        }
         fully_shard(layer, mesh=mesh, ignored_params=kept)
-    fully_shard(decoder, mesh=mesh, ignored_params=kept)  # the root, which lets one layer be gathered ahead
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for what has none; ties are undone by it."""
+    for part in module.modules():
+        if any(t.is_meta for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            part.to_empty(device=device, recurse=False)
+
+
+def _take_from_first(modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Put what is not in shards on `device`, and into it what the first rank has. Collective."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    for tensor in tensors.values():
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+            distributed.broadcast(tensor.data, src=0)
 
 
 def _log_probs(model: PreTrainedModel | PeftModel, batch: RolloutBatch) -> Tensor:
@@ -205,7 +240,7 @@ def load_shared(
     """
     new = peft_config(config)
     assert new is not None, "checked with the recipe: the shared layout needs adapters"
-    backbone, tokenizer = load_trainable(config, policy_folder)
+    backbone, tokenizer = load_trainable(config, policy_folder, engine=_engine())
     policy = get_peft_model(backbone, new, adapter_name=POLICY)
     models = SafeRLHFModels(policy, tokenizer, shared=True)
     for kind, folder in scorer_folders.items():
@@ -267,7 +302,7 @@ def load_separate(
 
     scorer_folders as in `load_shared`; a critic without a scorer starts from the policy's model.
     """
-    policy, tokenizer = load_policy(config, policy_folder)
+    policy, tokenizer = load_trainable(config, policy_folder, engine=_engine())
     new = peft_config(config)
     if new is not None:
         policy = get_peft_model(policy, new)
@@ -277,7 +312,7 @@ def load_separate(
         policy.eval(),
         tokenizer,
         shared=False,
-        reference=_frozen(config, policy_folder) if uses_frozen_copy(config) else None,
+        reference=load_frozen(config, policy_folder, _engine()) if uses_frozen_copy(config) else None,
     )
     _checkpoint_activations(policy, config)
     for kind, folder in scorer_folders.items():
@@ -289,22 +324,27 @@ def load_separate(
     return models
 
 
-def _frozen(config: ModelConfig, folder: str) -> PreTrainedModel:
-    model, _ = load_policy(config, folder)
-    return model.requires_grad_(False)
-
-
 def _load_scorer(config: ModelConfig, folder: str) -> Scorer:
-    return load_scorer(
-        folder,
-        config.dtype,  # type: ignore[arg-type]
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with read_in_shards(config.dtype, _engine()):
+        return load_scorer(
+            folder,
+            config.dtype,  # type: ignore[arg-type]
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def _engine() -> str | None:
+    """What weights are read for: FSDP 2 shards them whichever engine it is that asks for shards."""
+    return "fsdp2" if Engine.launched().name in SHARDED else None
 
 
 def _separate_critic(config: ModelConfig, folder: str | None, policy_folder: str) -> Scorer:
-    scorer = _load_scorer(config, folder) if folder is not None else Scorer(_frozen(config, policy_folder))
+    scorer = (
+        _load_scorer(config, folder)
+        if folder is not None
+        else Scorer(load_frozen(config, policy_folder, _engine()))
+    )
     new = peft_config(config)
     if isinstance(scorer.backbone, PeftModel):
         for name, parameter in scorer.backbone.named_parameters():

@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
 
 from equipoise.train.answers import AnswerCollator, BenignAnswers
-from equipoise.train.pairs import answer_sums, can_share_prompt, model_inputs
+from equipoise.train.pairs import answer_sums, model_inputs
 from equipoise.train.recipe.stages import SFTStageConfig
+from equipoise.train.sharding import prepared_reference
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head
 from equipoise.train.trainers.kl_penalty import KLPenalty, Reference
@@ -46,10 +46,11 @@ class SupervisedTrainer(OptimizerSteps, SFTTrainer):
         stage: SFTStageConfig,
         terms: CategoryTerms,
         benign: BenignAnswers | None,
+        share_rows: bool = True,
         log: Callable[[Mapping[str, float], int], None],
-        warn: Callable[[str], None],
         **kwargs: Any,
     ) -> None:
+        """share_rows: short answers stand behind one another in a row; only for models that take a 4-D mask."""
         self.stage, self.terms, self._log_metrics = stage, terms, log
         self.category_names, self.ids = tuple(category_names), tuple(ids)
         self._table = StepTable(COLUMNS)
@@ -59,33 +60,18 @@ class SupervisedTrainer(OptimizerSteps, SFTTrainer):
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=AnswerCollator(kwargs["processing_class"].pad_token_id),
+            data_collator=AnswerCollator(kwargs["processing_class"].pad_token_id, share_rows),
             **kwargs,
         )
-        self.ref_model = self._prepared(ref_model)
+        self.ref_model = prepared_reference(self, ref_model)
         self._kl_penalty = KLPenalty(stage.kl, category_names, Reference(self), benign)
         for module in (self.model, self.ref_model):
             if module is not None:
                 add_completion_head(self.accelerator.unwrap_model(module))
-        if not can_share_prompt(self.model, self.processing_class):
-            self.data_collator.share_rows = False
-            warn(
-                "This model does not take a 4-D attention mask: every answer is trained in a row of its own."
-            )
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """Answers come tokenised (`answers.encode_chosen`)."""
         return dataset
-
-    def _prepared(self, reference: nn.Module | None) -> nn.Module | None:
-        """The frozen copy as the launcher shards it."""
-        if reference is None:
-            return None
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(reference, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(reference, self.accelerator)
-        return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Answer tokens of the optimizer step: all microbatches, all ranks."""

@@ -1,5 +1,6 @@
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -229,3 +230,56 @@ def test_no_gradient_is_kept_where_none_is_wanted() -> None:
         )
     assert not value.requires_grad
     torch.testing.assert_close(value <= 0, torch.ones(3, dtype=torch.bool))
+
+
+class Freed:
+    """A head as ZeRO-3 keeps it: whole inside `gathered`, without memory behind it."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors, self.whole, self.times = tensors, [t.data for t in tensors], 0
+        self._free()
+
+    def _free(self) -> None:
+        for tensor in self.tensors:
+            tensor.data = torch.empty(0)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        self.times += 1
+        for tensor, whole in zip(self.tensors, self.whole, strict=True):
+            tensor.data = whole
+        yield
+        self._free()
+
+
+@pytest.mark.parametrize("loss", ["log_probs", "forward", "reverse"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_a_head_in_shards_is_gathered_for_the_backward_pass(trained: bool, loss: str) -> None:
+    def made() -> tuple[Tensor, ...]:
+        hidden, weight = (
+            tensor(NUM_TOKENS, HIDDEN, seed=1, grad=True),
+            tensor(VOCABULARY, HIDDEN, seed=2, grad=trained),
+        )
+        return hidden, tensor(NUM_TOKENS, HIDDEN, seed=4), weight, tensor(VOCABULARY, HIDDEN, seed=5)
+
+    def value(
+        hidden: Tensor, ref_hidden: Tensor, weight: Tensor, ref_weight: Tensor, **kwargs: Any
+    ) -> Tensor:
+        if loss == "log_probs":
+            return selected_log_probs(hidden, weight, None, torch.arange(NUM_TOKENS), chunk=3, **kwargs)
+        return token_kl(
+            hidden, ref_hidden, weight, None, estimator=loss, ref_weight=ref_weight, chunk=3, **kwargs
+        )
+
+    plain, sharded = made(), made()
+    expected = value(*plain)
+    head = Freed(*sharded[2:])
+    with head.gathered():
+        found = value(*sharded, gathered=head.gathered)
+    torch.testing.assert_close(found, expected)
+    of = (0, 2) if trained else (0,)
+    expected_gradients = gradients(expected, *(plain[i] for i in of))
+    found_gradients = gradients(found, *(sharded[i] for i in of))
+    for mine, theirs in zip(found_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert head.times == (2 if trained else 1)  # a frozen head is not needed any more

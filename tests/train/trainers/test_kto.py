@@ -123,7 +123,6 @@ def test_loss_and_gradient_equal_trls(
         terms=CategoryTerms(stage.category, ["S1"], ["S1"] * 8),
         contexts=None,
         log=lambda metrics, step: None,
-        warn=lambda text: None,
         processing_class=tiny_tokenizer,
     )
     ours.load_reference()
