@@ -1,6 +1,6 @@
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,16 @@ from equipoise.train.losses.preference import MARGIN_LOSSES, PREFERENCE_LOSSES
 from equipoise.train.recipe import Recipe, RecipeError
 from equipoise.train.recipe.checks import LOSSES
 from equipoise.train.recipe.checks import MARGIN_LOSSES as CHECKED_MARGIN_LOSSES
-from equipoise.train.recipe.loading import STAGES, load_recipe
+from equipoise.train.recipe.loading import load_recipe
 from equipoise.train.recipe.stage_checks import SCHEDULERS
 from equipoise.train.recipe.stages import PreferenceStageConfig, TokenBiasStageConfig
 
 RECIPES_FOLDER = Path(equipoise.recipes.__path__[0])
 RECIPES = sorted(path.stem for path in RECIPES_FOLDER.glob("recipe/*.yaml"))
+
+
+Minimal = Callable[..., DictConfig]
+Problems = Callable[..., dict[str, str]]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -38,16 +42,6 @@ def problems(*overrides: str) -> dict[str, str]:
     found = dict(line.strip().split(": ", 1) for line in lines)
     assert heading == f"The recipe has {len(found)} problem{'s'[: len(found) > 1]}:"
     return found
-
-
-def minimal(**changes: Any) -> DictConfig:
-    return OmegaConf.create({"name": "mine", "stages": {"safe": {"kind": "preference"}}, **changes})
-
-
-def minimal_problems(**changes: Any) -> dict[str, str]:
-    with pytest.raises(RecipeError) as caught:
-        load_recipe(minimal(**changes))
-    return dict(line.strip().split(": ", 1) for line in str(caught.value).splitlines()[1:])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -110,7 +104,7 @@ def test_a_users_file_has_to_exist(tmp_path: Path) -> None:
     loaded("recipe=tsdi", "data=jsonl", f"data.path={tmp_path}/yes.jsonl", "data.held_out_fraction=0.1")
 
 
-def test_a_mixture_replaces_the_default() -> None:
+def test_a_mixture_replaces_the_default(minimal: Minimal) -> None:
     stages = {"safe": {"kind": "preference", "mixture": {"helpful": 1}}}
     assert load_recipe(minimal(stages=stages)).stages["safe"].mixture == {"helpful": 1.0}
 
@@ -211,118 +205,20 @@ def test_all_problems_are_reported_at_once() -> None:
         ("loss.name", "sigmiod", "found 'sigmiod', did you mean 'sigmoid'?"),
     ],
 )
-def test_an_impossible_value_is_named_with_what_was_expected(key: str, value: object, reason: str) -> None:
+def test_an_impossible_value_is_named_with_what_was_expected(
+    key: str, value: object, reason: str, minimal_problems: Problems
+) -> None:
     OmegaConf.update(changes := OmegaConf.create({}), key, value)
     found = minimal_problems(**{str(name): item for name, item in changes.items()})
     assert found[key].startswith(reason), found
 
 
-def test_gate_rules_are_checked_by_the_gate_itself() -> None:
+def test_gate_rules_are_checked_by_the_gate_itself(minimal_problems: Problems) -> None:
     found = minimal_problems(gate={"rules": {"category_limit": 2}})
     assert found == {"gate.rules": "category_limit must be a rate in [0, 1], found 2.0"}
 
 
-STAGE_PROBLEMS: list[tuple[Mapping[str, object], str, str]] = [
-    ({"kind": "sfft"}, "kind", "found 'sfft', did you mean 'sft'? possible: sft, preference"),
-    ({"kind": None}, "kind", "found 'None', possible"),
-    ({"kind": ["preference"]}, "kind", "found \"['preference']\", did you mean"),
-    ({"mixture": {"harm": 1}}, "mixture.harm", "unknown key; possible: safety, helpful"),
-    ({"mixture": {"safety": 0}}, "mixture", "every share is 0"),
-    ({"mixture": {"safety": 1, "helpful": -1}}, "mixture.helpful", "found -1.0, expected at least 0"),
-    ({"mixture": {"safety": "x"}}, "mixture", "found {'safety': 'x'}, expected names with a number each"),
-    ({"lam": -1}, "lam", "found -1.0, expected a number above 0"),
-    ({"loss": {"label_smoothing": 0.1}}, "loss.label_smoothing", "found 0.1, but only the loss 'robust'"),
-    ({"loss": {"mix": {"apo": 1}}}, "loss.mix.apo", "unknown key; did you mean 'ipo' or 'safedpo'? possible"),
-    ({"loss": {"mix": {"sft": 0.5}}}, "loss.mix.sft", "the SFT term has a key of its own"),
-    ({"loss": {"mix": {"sigmoid_norm": 1}}}, "loss.mix.sigmoid_norm", "TRL's sigmoid_norm is sigmoid with"),
-    ({"loss": {"mix": {"ipo": -1}}}, "loss.mix.ipo", "found -1.0, expected at least 0"),
-    ({"loss": {"mix": {"sigmoid": 0}}}, "loss.mix", "every loss has the weight 0"),
-    ({"loss": {"delta": 3}}, "loss.delta", "found 3.0, but only the loss 'safedpo' reads it"),
-    ({"loss": {"name": "safedpo", "delta": -1}}, "loss.delta", "found -1.0, expected at least 0"),
-    (
-        {"loss": {"name": "safedpo", "unlabelled": "keep"}},
-        "loss.unlabelled",
-        "found 'keep', possible: error, drop",
-    ),
-    (
-        {"loss": {"name": "ipo"}, "category": {"margin": {"enabled": True}}},
-        "category.margin.enabled",
-        "the loss 'ipo' has no margin; possible: sigmoid, hinge, robust",
-    ),
-    ({"category": {"weight": {"mode": "grupdro"}}}, "category.weight.mode", "found 'grupdro', did you mean"),
-    (
-        {"category": {"multiplier": {"target": 1.1}}},
-        "category.multiplier.target",
-        "found 1.1, expected a share",
-    ),
-    ({"category": {"ema": 1}}, "category.ema", "found 1.0, expected a decay in [0, 1)"),
-    ({"kl": {"estimator": "exact"}}, "kl.estimator", "found 'exact', possible: forward, reverse, k3"),
-    ({"kl": {"per_category": {"S15": 1}}}, "kl.per_category.S15", "unknown key; did you mean"),
-    ({"kl": {"coef": 1, "on": "helpful"}}, "kl.on", "found 'helpful', but the stage's mixture has no"),
-    ({"kl": {"on": "benine"}}, "kl.on", "found 'benine', did you mean 'benign'?"),
-    (
-        {"kl": {"on": "benign", "per_category": {"S1": 1}}},
-        "kl.per_category.S1",
-        "stages.safe.kl.on=benign penalises answers to harmless prompts alone; set stages.safe.kl.coef instead",
-    ),
-    (
-        {"token_bias": {"pool": "letters"}},
-        "token_bias.pool",
-        "found 'letters', possible: vocabulary, words, file",
-    ),
-    ({"num_steps": 0}, "num_steps", "found 0, expected at least 1"),
-    ({"learning_rate": 0}, "learning_rate", "found 0.0, expected a number above 0"),
-    ({"lr_scheduler": "cosin"}, "lr_scheduler", "found 'cosin', did you mean 'cosine'?"),
-    ({"warmup": 1.5}, "warmup", "found 1.5, expected a share below 1 or a whole number of steps"),
-    ({"per_device_batch_size": 0}, "per_device_batch_size", "found 0, expected at least 1"),
-    ({"log_every": 0}, "log_every", "found 0, expected at least 1"),
-]
-
-
-@pytest.mark.parametrize(("change", "key", "reason"), STAGE_PROBLEMS)
-def test_an_impossible_stage_is_named_with_what_was_expected(
-    change: Mapping[str, object], key: str, reason: str
-) -> None:
-    found = minimal_problems(stages={"safe": {"kind": "preference", **change}})
-    assert list(found) == [f"stages.safe.{key}"]
-    assert found[f"stages.safe.{key}"].startswith(reason), found
-
-
-@pytest.mark.parametrize(
-    ("change", "key", "reason"),
-    [
-        ({"pool": "file"}, "path", "has to be given with stages.tsdi.pool=file"),
-        ({"pool": "file", "path": "/no/such"}, "path", "found '/no/such', which is no file"),
-        ({"path": "words.txt"}, "path", "found 'words.txt', but stages.tsdi.pool=vocabulary reads no file"),
-        ({"space": "logits"}, "space", "found 'logits', did you mean 'logit'?"),
-        ({"plausibility": 1}, "plausibility", "found 1.0, expected a share in [0, 1)"),
-        ({"num_positions": 0}, "num_positions", "found 0, expected at least 1"),
-        ({"beta": 1}, "beta", "unknown key; possible: kind, start_from"),
-    ],
-)
-def test_an_impossible_token_bias_stage_is_named(change: Mapping[str, object], key: str, reason: str) -> None:
-    stages = {"safe": {"kind": "preference"}, "tsdi": {"kind": "token_bias", **change}}
-    found = minimal_problems(stages=stages)
-    assert list(found) == [f"stages.tsdi.{key}"]
-    assert found[f"stages.tsdi.{key}"].startswith(reason), found
-
-
-@pytest.mark.parametrize(
-    ("change", "key", "reason"),
-    [
-        ({"weight": {"mode": "dro"}}, "weight.mode", "found 'dro', possible: none, group_dro"),
-        ({"kl": {"coef": -1}}, "kl.coef", "found -1.0, expected at least 0"),
-        ({"mixture": {"safety": 0}}, "mixture", "every share is 0"),
-        ({"loss": {"name": "ipo"}}, "loss", "unknown key; possible: kind"),
-    ],
-)
-def test_an_impossible_sft_stage_is_named(change: Mapping[str, object], key: str, reason: str) -> None:
-    found = minimal_problems(stages={"safe": {"kind": "sft", **change}})
-    assert list(found) == [f"stages.safe.{key}"]
-    assert found[f"stages.safe.{key}"].startswith(reason), found
-
-
-def test_losses_are_mixed_on_the_command_line() -> None:
+def test_losses_are_mixed_on_the_command_line(minimal: Minimal) -> None:
     weights = (
         loaded("recipe=dpo", "loss=safedpo", "+loss.mix.apo_zero=0.5", "loss.delta=5")
         .stages["safe"]
@@ -338,15 +234,7 @@ def test_losses_are_mixed_on_the_command_line() -> None:
     load_recipe(minimal(stages={"safe": mixed | margin}))  # sigmoid has a margin, ipo none
 
 
-def test_stages_are_required_and_start_with_training() -> None:
-    assert minimal_problems(stages={})["stages"].startswith("found {}, expected at least one stage")
-    assert minimal_problems(stages="safe")["stages"].startswith("found 'safe', expected at least one stage")
-    assert f"possible: {', '.join(STAGES)}" in minimal_problems(stages={"a": {}})["stages.a.kind"]
-    found = minimal_problems(stages={"tsdi": {"kind": "token_bias"}})
-    assert found == {"stages.tsdi": "a token_bias stage measures the stage before it, so it can't come first"}
-
-
-def test_a_reference_without_an_adapter_is_impossible() -> None:
+def test_a_reference_without_an_adapter_is_impossible(minimal_problems: Problems) -> None:
     found = minimal_problems(model={"reference": "adapter_off", "lora": {"enabled": False}})
     assert found == {"model.reference": "found 'adapter_off', but model.lora.enabled=false has no adapter"}
 
@@ -361,7 +249,7 @@ def test_what_has_to_be_given_is_named() -> None:
 
 
 @pytest.mark.parametrize("override", ["lam=4", "loss=ipo"])
-def test_a_shared_key_that_no_stage_reads_is_a_problem(override: str) -> None:
+def test_a_shared_key_that_no_stage_reads_is_a_problem(override: str, minimal_problems: Problems) -> None:
     key, value = override.split("=")
     changes: dict[str, Any] = {key: {"name": value} if key == "loss" else float(value)}
     reason = f"no stage of this recipe refers to ${{{key}}}, so it would change nothing"
@@ -373,7 +261,7 @@ def test_a_wrong_value_that_two_stages_share_is_one_problem() -> None:
     assert list(problems("recipe=tsdi", "loss.sft_coef=-1")) == ["loss.sft_coef"]
 
 
-def test_an_interpolation_that_leads_nowhere_is_named() -> None:
+def test_an_interpolation_that_leads_nowhere_is_named(minimal: Minimal) -> None:
     with pytest.raises(RecipeError, match=r"beta: Interpolation key 'betta' not found"):
         load_recipe(minimal(beta="${betta}"))
 
@@ -385,19 +273,3 @@ def test_the_checks_know_the_losses_and_schedulers_that_exist() -> None:
     assert tuple(PREFERENCE_LOSSES) == LOSSES
     assert MARGIN_LOSSES == CHECKED_MARGIN_LOSSES
     assert set(SCHEDULERS) <= {item.value for item in SchedulerType}
-
-
-def test_an_order_of_stages_that_cannot_work_is_named(tmp_path: Path) -> None:
-    stages = {
-        "first": {"kind": "preference", "start_from": "second"},
-        "second": {"kind": "preference", "start_from": "frist"},
-        "third": {"kind": "preference", "start_from": "first"},
-        "fourth": {"kind": "preference", "start_from": str(tmp_path)},
-        "base": {"kind": "preference", "start_from": "base"},
-    }
-    assert minimal_problems(stages=stages) == {
-        "stages.first.start_from": "found 'second', a stage that comes later; possible: base, or a model folder that "
-        "exists",
-        "stages.second.start_from": "found 'frist', expected base, first, or a model folder that exists",
-        "stages.base": "found 'base', which means the starting model; name the stage otherwise",
-    }
