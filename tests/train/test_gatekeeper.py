@@ -252,6 +252,27 @@ def test_a_verdict_is_recorded_once(gatekeeper: Gatekeeper) -> None:
 
 
 @pytest.mark.usefixtures("quick_reports")
+def test_a_run_killed_while_it_logs_a_promoted_model_logs_it_again(gatekeeper: Gatekeeper) -> None:
+    folder = gatekeeper.context.base_folder
+    logged: list[tuple[str, ...]] = []
+
+    def killed_once(promoted: Path, aliases: tuple[str, ...], verdict: object) -> None:
+        logged.append(aliases)
+        if len(logged) == 1:
+            raise KeyboardInterrupt
+
+    gatekeeper.context.log_promoted = killed_once
+    gatekeeper.evaluate(BASE, "base-0", folder)
+    gatekeeper.evaluate(ALIGNED, "safe-4", folder)
+    with pytest.raises(KeyboardInterrupt):
+        gatekeeper.decide(ALIGNED, "safe-4", folder)
+    for _ in range(2):
+        gatekeeper.decide(ALIGNED, "safe-4", folder)
+    assert logged == [("promoted", ALIGNED, "safe-4")] * 2
+    assert len(verdicts(gatekeeper)) == 1
+
+
+@pytest.mark.usefixtures("quick_reports")
 def test_going_through_old_verdicts_again_promotes_nothing(gatekeeper: Gatekeeper, tmp_path: Path) -> None:
     """A run that is resumed decides anew on the stages that are finished; the state promoted after them stays."""
     base = gatekeeper.context.base_folder
