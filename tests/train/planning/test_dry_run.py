@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from equipoise.data.errors import DataError
 from equipoise.data.sources import SafetyData
+from equipoise.eval.config import JudgeConfig
 from equipoise.train import run as run_module
 from equipoise.train.planning.dry_run import PlanError, plan, planned_engine
 from equipoise.train.planning.engine import Engine
@@ -166,20 +167,73 @@ def test_a_plan_that_cannot_fit_ends_with_exit_code_2(
     assert cli.main(arguments) == cli.USER_ERROR
     error = capsys.readouterr().err
     assert "The recipe does not fit" in error
-    assert "Evaluation holds the whole model on every device" in error
+    assert "Judging loads the state's model whole onto every device" in error
 
 
-def test_evaluation_inside_a_stage_stands_beside_the_training(
+def test_judging_inside_a_stage_stands_beside_the_training(
     recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
 ) -> None:
-    """12.6 GiB judged beside 50.2 GiB of weights and states: too much for 64 GiB, though each alone fits."""
-    planned = seven_b(recipe, llama_7b, gpu="h100", memory_gib=64)
-    told(planned, make_data(), capsys)
+    """12.6 GiB judged beside 12.6 GiB and an adapter: too much for 0.9 * 24 GiB, though each alone fits."""
+    planned = seven_b(recipe, llama_7b, gpu="h100", memory_gib=24)
+    planned.model.lora = LoraConfig()
+    assert "evaluation in safe" not in told(planned, make_data(), capsys)
     planned.gate = GateConfig(every=2)
-    with pytest.raises(PlanError, match=r"evaluation: 6\d\.\d GiB"):
+    with pytest.raises(PlanError) as refused:
         told(planned, make_data(), capsys)
-    planned.gate = GateConfig(every=2, where="subprocess", devices="7")
+    message = str(refused.value)
+    assert re.search(
+        r"evaluation in safe: 2\d\.\d GiB \(weights 12\.6, states 0\.\d, evaluated 12\.6, ", message
+    )
+    assert "safe: 1" not in message.replace("in safe: ", "")
+    assert "whole onto every device" in message
+    assert "  gate.every=0: states are judged behind their stage only\n" in message
+    assert "  gate.where=subprocess (or vllm) gate.devices=...: judged on a device of its own\n" in message
+    assert "evaluation.batch_size=" not in message  # no batch is small enough
+    ways = message.split("judging as it is, the cheapest first:\n")[1].splitlines()
+    assert ways[0].startswith("  model.quantization=nf4")  # 3.6 GiB beside 12.6
+
+    planned.gate = GateConfig(every=2, where="subprocess")
+    with pytest.raises(PlanError, match=r"evaluation in safe: (?s:.*) whole onto the first rank's device"):
+        told(planned, make_data(), capsys)
+    planned.gate.devices = "7"
+    assert "elsewhere" in told(planned, make_data(), capsys)
+
+
+def test_the_judge_stays_beside_the_training(
+    recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
+) -> None:
+    """It has judged the base: 12.6 GiB of another 7B, unless a process of its own judges."""
+    planned = seven_b(recipe, llama_7b, gpu="h100", memory_gib=24)
+    planned.model.lora = LoraConfig()
+    planned.judge = JudgeConfig(name="llama_guard", model=str(llama_7b), dtype="bfloat16")
+    with pytest.raises(
+        PlanError, match=r"  safe: 3\d\.\d GiB \(weights 12\.6, states 0\.\d, judge 12\.6"
+    ) as refused:
+        told(planned, make_data(), capsys)
+    assert re.search(r"  evaluation: 2\d\.\d GiB \(evaluated 12\.6, judge 12\.6", str(refused.value))
+    assert "  judge.engine=server judge.url=...: the judge on a machine of its own\n" in str(refused.value)
+    planned.gate = GateConfig(where="subprocess", devices="7")
     told(planned, make_data(), capsys)
+
+
+def test_smaller_batches_are_judged_where_those_fit(
+    recipe: Recipe, llama_7b: Path, make_data: Any, capsys: Any
+) -> None:
+    planned = seven_b(recipe, llama_7b, gpu="h100", memory_gib=24)
+    planned.model.lora = LoraConfig()
+    planned.evaluation.batch_size = 64
+    planned.evaluation.max_new_tokens = 512
+    with pytest.raises(
+        PlanError, match=r"  evaluation: (?s:.*)  evaluation\.batch_size=(\d+): (\d+\.\d) GiB"
+    ) as refused:
+        told(planned, make_data(), capsys)
+    found = re.search(r"evaluation\.batch_size=(\d+)", str(refused.value))
+    assert found
+    planned.evaluation.batch_size = int(found[1])
+    told(planned, make_data(), capsys)
+    planned.evaluation.batch_size *= 2
+    with pytest.raises(PlanError):
+        told(planned, make_data(), capsys)
 
 
 def test_the_engine_that_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
