@@ -1,6 +1,8 @@
 """Fixtures: a tiny random Llama and a byte-level tokenizer with a chat template, made without a network."""
 
+import functools
 import gc
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -37,11 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Take what importing has made out of the garbage collector's rounds.
+    """Spare small trainings what takes longer than they do.
 
-    accelerate collects after every training, which walks through a million objects of imported packages: a second of a
-    test that trains for two.
+    accelerate collects garbage after each, a walk through a million objects of imported packages: those are frozen. And
+    it reads packages' metadata whenever it unwraps a model: they are kept.
     """
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
     gc.collect()
     gc.freeze()
 

@@ -2,7 +2,6 @@
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -221,7 +220,6 @@ def our_side(options: argparse.Namespace, work: Work, scratch: Path) -> Side:
             terms=CategoryTerms(stage.category, work.category_names, work.rows["category"]),
             contexts=None,
             log=lambda metrics, step: None,
-            warn=lambda text: print(text, file=sys.stderr),
             processing_class=tokenizer,
             peft_config=_lora(),
         )
