@@ -10,23 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-def _tiny_llama() -> ModuleType:
-    """The scripts' module of that name, by its path: scripts/ is no package, and not on the tests' path."""
-    path = Path(__file__).parents[1] / "scripts" / "tiny_llama.py"
-    spec = importlib.util.spec_from_file_location("tiny_llama", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny_llama = _tiny_llama()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,18 +35,30 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def tiny_llama() -> ModuleType:
+    """The scripts' module of that name, by its path: scripts/ is no package. Imported here, as it imports torch."""
+    path = Path(__file__).parents[1] / "scripts" / "tiny_llama.py"
+    spec = importlib.util.spec_from_file_location("tiny_llama", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(tiny_llama: ModuleType) -> Any:
     return tiny_llama.make_tokenizer()
 
 
 @pytest.fixture
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(tiny_llama: ModuleType) -> Any:
     return tiny_llama.make_model()
 
 
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_folder(tiny_llama: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that `from_pretrained` loads; read-only by convention."""
     folder = tmp_path_factory.mktemp("tiny_model")
     tiny_llama.make_model().save_pretrained(folder)
