@@ -358,7 +358,7 @@ def _finish(
             rows = token_bias.top_tokens(tokenizer)
         gatekeeper.write_html(run_dir / "report.html", f"seed {recipe.seed}", token_bias_rows=rows)
         console.print(category_table(gatekeeper.reports, find_taxonomy(recipe.data.taxonomy).names))
-    # The last file: scripts/sweep takes a run that has it for done.
+    # Behind the report: scripts/sweep takes a run that has a summary for done.
     write_aside(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     for state, result in gatekeeper.verdicts.items():
         say(f"gate, {state}: {result.verdict.value}")

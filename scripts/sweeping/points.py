@@ -60,7 +60,7 @@ class Point:
 
     @property
     def done(self) -> bool:
-        """Whether the run has ended with a verdict; summary.json is the last file that it writes."""
+        """Whether the run has ended with a verdict; summary.json is written behind all reports."""
         return (self.folder / "summary.json").exists()
 
     @property

@@ -58,7 +58,8 @@ def files(folder: Path) -> dict[str, int]:
 
 def test_the_folder_of_a_run(finished: Finished) -> None:
     assert finished.exit_code == 0
-    found = set(files(finished.folder))
+    written = files(finished.folder)
+    found = set(written)
     assert {
         "recipe.yaml",
         "metrics.jsonl",
@@ -82,6 +83,7 @@ def test_the_folder_of_a_run(finished: Finished) -> None:
         "promoted/model.safetensors",
         "promoted/token_bias.safetensors",
     } <= found
+    assert written["report.html"] <= written["summary.json"]  # with a summary the run is done
     assert not [name for name in found if "checkpoint" in name or "/." in name or name.startswith(".")]
     assert yaml.safe_load((finished.folder / "recipe.yaml").read_text())["stages"]["safe"]["num_steps"] == 2
 
