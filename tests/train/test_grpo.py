@@ -3,6 +3,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from equipoise.train.scorer import save_scorer
 from equipoise.train.stage_tasks import demonstrations, stage_tasks
 from equipoise.train.stages import grpo
 from equipoise.train.stages.context import StageContext, StageResult
+from equipoise.train.trainers.grpo import VerifiableTrainer
 from equipoise.train.training import STATE_FILE, TrainingError
 
 
@@ -204,15 +206,35 @@ def test_bad_rewards_and_empty_answers_are_counted_and_teach_nothing(
     assert all(torch.equal(untouched[name], base[name]) for name in base)
 
 
-def test_an_answer_without_a_token_becomes_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = object.__new__(grpo.VerifiableTrainer)
-    trainer.eos_token_ids, trainer.use_vllm = [2, 7], True
+@pytest.fixture
+def on_a_server(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer that samples on a vLLM server, which answers with an end token and without any token."""
+    trainer: Any = object.__new__(VerifiableTrainer)
+    trainer.eos_token_ids, trainer.use_vllm, trainer.model = [2, 7], True, tiny_model
+    trainer.accelerator = SimpleNamespace(process_index=0, device="cpu", gather=lambda bad: bad)
+    trainer.args = SimpleNamespace(output_dir=str(tmp_path / "rl" / "checkpoints"))
+    trainer.state, trainer._tokenizer = SimpleNamespace(global_step=4), SimpleNamespace(decode=str)
+    trainer._sampled_categories = ["S1", "S2"]
     monkeypatch.setattr(
         GRPOTrainer,
         "_generate_single_turn",
         lambda self, *args, **kwargs: ([[5, 2], []], [[-0.5, -0.1], []]),
     )
-    assert trainer._generate_single_turn([[1], [1]]) == ([[5, 2], [2]], [[-0.5, -0.1], [None]])
+    return trainer
+
+
+def test_an_answer_without_a_token_becomes_its_end(on_a_server: Any) -> None:
+    assert on_a_server._generate_single_turn([[1], [1]]) == ([[5, 2], [2]], [[-0.5, -0.1], [None]])
+
+
+def test_weights_that_are_not_finite_are_not_sent_to_a_server(on_a_server: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", lambda *args: pytest.fail("they were sent"))
+    with torch.no_grad():
+        on_a_server.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(
+        TrainingError, match="stage rl, step 5: the distribution to sample from is not finite"
+    ):
+        on_a_server._generate_single_turn([[1], [4]])
 
 
 @pytest.mark.slow
@@ -379,3 +401,28 @@ def test_a_loss_that_is_not_finite_names_its_answers(
     assert [row["id"] for row in rows] == [f"answer {slot}" for slot in range(8)]
     assert all(row["prompt"] for row in rows)
     assert {"answer", "category", "entropy_sum", "total"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_sampled_from(
+    bad: float, train_grpo: TrainGRPO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is drawn of nan is cut off at the limit, and the loss of answers that were cut off is masked: 0."""
+    finish = VerifiableTrainer._finish_step
+
+    def poison(trainer: Any) -> None:
+        finish(trainer)
+        with torch.no_grad():
+            next(p for p in trainer.model.parameters() if p.requires_grad)[0, 0] = bad
+
+    monkeypatch.setattr(VerifiableTrainer, "_finish_step", poison)
+    with pytest.raises(TrainingError) as stopped:
+        train_grpo(make_stage(mask_truncated=True))
+    message = str(stopped.value)
+    assert "stage rl, step 2: the distribution to sample from is not finite, of 8 of 8 examples" in message
+    path = Path(message.split("examples are in ")[1].split(",")[0])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"answer {slot}" for slot in range(8)]
+    assert all(row["prompt"] and row["answer"] is None and not row["finite"] for row in rows)
+    assert {row["category"] for row in rows} == {"addition_1", "unanswerable"}
+    assert path.with_suffix(".ids").exists()

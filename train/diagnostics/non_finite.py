@@ -1,11 +1,14 @@
-"""A loss or a gradient that is not finite ends the training, with the step's examples written for whoever looks."""
+"""What is not finite (a loss, a gradient, logits to sample from) ends the training, with the step's examples written."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 
 from equipoise.data.files import write_aside
 from equipoise.train.checkpoints import checkpoints
@@ -43,3 +46,33 @@ def stop_non_finite(what: str, folder: Path, step: int, rows: Sequence[Mapping[s
         f"{last} It will meet the same step: look at the examples, or give the run another name with a lower "
         "learning_rate or max_grad_norm, or with model.dtype=float32."
     )
+
+
+def stop_unsampled(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase,
+    sampled: Iterable[tuple[int, str, list[int], list[int] | None]],
+) -> None:
+    """Stop where a policy had no distribution to sample an answer from, on any rank; collective.
+
+    sampled: (number, category, prompt ids, answer ids or None) of this rank's answers. Before they are rewarded: what
+    is drawn of nan is a token like any other, and a loss that leaves out cut-off answers would not notice. The rest as
+    `stop_non_finite`.
+    """
+    sampled = list(sampled)
+    bad = torch.tensor([any(answer is None for *_, answer in sampled)], device=accelerator.device)
+    if not bool(accelerator.gather(bad).any()):
+        return
+    rows = [
+        {
+            "id": f"answer {number}",
+            "category": category,
+            "finite": answer is not None,
+            "prompt": tokenizer.decode(prompt),
+            "answer": None if answer is None else tokenizer.decode(answer),
+        }
+        for number, category, prompt, answer in sampled
+    ]
+    stop_non_finite("the distribution to sample from", folder, step, gather_object(rows))

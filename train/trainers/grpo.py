@@ -7,6 +7,7 @@ rewards that are not finite, empty answers, and the metrics (sums over the token
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
+from equipoise.train.diagnostics.non_finite import stop_unsampled
 from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
@@ -28,7 +30,7 @@ from equipoise.train.sharding import is_sharded, own_reference
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
-from equipoise.train.trainers.rollout import GumbelSampling
+from equipoise.train.trainers.rollout import GumbelSampling, up_to_end, weights_are_finite
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
 from equipoise.train.trainers.step_table import StepTable, mean_by_category
 
@@ -87,6 +89,8 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         self._rewards = torch.empty(0)
         self._answers: dict[str, Tensor] = {}
         self._token_log_probs: tuple[Tensor, Tensor] | None = None
+        self._sampled_categories: list[str] = []
+        """Of the answers that are being sampled."""
         self._batches: list[Mapping[str, Any]] = []
         """Of the step at work."""
         self._step = 0
@@ -127,7 +131,9 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
     ) -> tuple[list[list[int]], list[Any] | None]:
         """An answer without a token (a server may leave its end out) becomes its end token: it can be scored."""
         if not self.use_vllm:
-            return self._sample(prompt_ids), None
+            return self._sampled(prompt_ids, self._sample(prompt_ids)), None
+        if not weights_are_finite(self.model, self.accelerator):  # before a server gets them
+            self._sampled(prompt_ids, [None] * len(prompt_ids))
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         end = [self.eos_token_ids[0]]
         if logprobs is not None:
@@ -137,8 +143,21 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
             ]
         return [ids or end for ids in completion_ids], logprobs
 
-    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def _sampled(
+        self, prompt_ids: Sequence[list[int]], answers: Sequence[list[int] | None]
+    ) -> list[list[int]]:
+        """The answers, where there is one to every prompt on every rank; raises TrainingError. Collective."""
+        first = self.accelerator.process_index * len(prompt_ids)
+        numbers = range(first, first + len(prompt_ids))
+        sampled = zip(numbers, self._sampled_categories, prompt_ids, answers, strict=True)
+        folder, step = Path(self.args.output_dir), self.state.global_step + 1
+        stop_unsampled(self.accelerator, folder, step, self._tokenizer, sampled)
+        return [answer for answer in answers if answer is not None]
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int] | None]:
         """Answers by `generate`, the prompt encoded once a group where the model permits; each up to its end token.
+
+        None where the policy had no distribution to sample from.
 
         Every answer has a random stream of its own, a function of seed, step and its number among all ranks' answers:
         the same answers on any number of ranks, and after a resume.
@@ -170,8 +189,10 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
                 synced_gpus=is_sharded(model),
             ).tolist()
         ends = set(self.eos_token_ids)
-        lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in answers]
-        return [ids[:length] for ids, length in zip(answers, lengths, strict=True)]
+        return [
+            up_to_end(ids, ends) if finite else None
+            for ids, finite in zip(answers, drawn.finite.tolist(), strict=True)
+        ]
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: Any
@@ -200,6 +221,7 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with our advantages, and with what the metrics need of each answer."""
+        self._sampled_categories = [row["category"] for row in inputs]
         output = super()._generate_and_score_completions(inputs)
         category = self.accelerator.gather(self._answers["category"]).long()
         rewards, weights = self._rewards, self._reward_weights()

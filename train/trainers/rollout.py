@@ -98,8 +98,13 @@ def collate(episodes: Sequence[Episode], pad_token_id: int, device: torch.device
 class Sampler(Protocol):
     """What samples answers."""
 
-    def sample(self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]) -> list[list[int]]:
-        """Answer ids to each prompt, the end token included; `slots` number the answers. Every rank has to call it."""
+    def sample(
+        self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]
+    ) -> list[list[int] | None]:
+        """Answer ids to each prompt, the end token included; `slots` number the answers. Every rank has to call it.
+
+        None where the policy had no distribution to sample from (nan, infinity): `stop_unsampled` ends the training.
+        """
 
 
 def ended(answer: Sequence[int], ends: set[int]) -> bool:
@@ -116,7 +121,9 @@ class TransformersSampler:
         self.tokenizer, self.max_new_tokens, self.batch_size = tokenizer, max_new_tokens, batch_size
         self.seed = seed
 
-    def sample(self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]) -> list[list[int]]:
+    def sample(
+        self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]
+    ) -> list[list[int] | None]:
         """See `Sampler`; the model is left in the mode it was in."""
         base = base_of(model)
         ends = end_tokens(base, self.tokenizer)
@@ -129,7 +136,7 @@ class TransformersSampler:
             use_cache=True,
         )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-        answers: dict[int, list[int]] = {}
+        answers: dict[int, list[int] | None] = {}
         sharded = is_sharded(base)
         # What FSDP gathers under inference_mode could not be trained through afterwards.
         quiet = torch.no_grad() if sharded else inference(model)
@@ -139,16 +146,16 @@ class TransformersSampler:
                 input_ids, attention_mask = left_pad(
                     [prompts[i] for i in rows], self.tokenizer.pad_token_id, base.device
                 )
+                drawn = GumbelSampling(self.seed, [slots[i] for i in rows], base.device)
                 output = base.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    logits_processor=LogitsProcessorList(
-                        [GumbelSampling(self.seed, [slots[i] for i in rows], base.device)]
-                    ),
+                    logits_processor=LogitsProcessorList([drawn]),
                     synced_gpus=sharded,  # a rank whose answers have ended goes on for those that have not
                 )
-                for i, answer in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                    answers[i] = _up_to_end(answer, ends)
+                sampled = output[:, input_ids.shape[1] :].tolist()
+                for i, answer, finite in zip(rows, sampled, drawn.finite.tolist(), strict=True):
+                    answers[i] = up_to_end(answer, ends) if finite else None
         return [answers[i] for i in range(len(prompts))]
 
 
@@ -158,16 +165,20 @@ class GumbelSampling(LogitsProcessor):
     def __init__(self, seed: int, slots: Sequence[int], device: torch.device) -> None:
         # ints hash to themselves: the same in every process
         self._generators = [torch.Generator(device).manual_seed(hash((seed, slot)) % 2**63) for slot in slots]
+        self.finite = torch.ones(len(slots), dtype=torch.bool, device=device)
+        """Rows (B,) that had a distribution to draw from at every position; of nan, argmax makes a token like any."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) whose largest is the draw; called by `generate`."""
+        # Of nan and a number the maximum is nan; a token that was ruled out is -inf, and no maximum.
+        self.finite &= scores.amax(-1).isfinite()
         noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
         return scores.float() - noise.log_()  # -log of a standard exponential is a standard Gumbel
 
 
-def _up_to_end(answer: list[int], ends: set[int]) -> list[int]:
+def up_to_end(answer: list[int], ends: set[int]) -> list[int]:
     """Cut behind the first end token; what follows is padding."""
     length = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
     return answer[:length]
@@ -185,8 +196,12 @@ class VLLMSampler:
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self._metadata: list[tuple[str, str, list[int]]] | None = None
 
-    def sample(self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]) -> list[list[int]]:
+    def sample(
+        self, model: Any, prompts: Sequence[list[int]], slots: Sequence[int]
+    ) -> list[list[int] | None]:
         """See `Sampler`; every step is sampled with the weights of that step."""
+        if not weights_are_finite(base_of(model), self.accelerator):
+            return [None] * len(prompts)
         every = gather_object([list(prompts)])
         answers: list[Any] = [None]
         main = self.accelerator.is_main_process
@@ -218,6 +233,15 @@ class VLLMSampler:
             self.client.update_named_params(self._metadata, sent)
         else:
             deque(sent, maxlen=0)
+
+
+def weights_are_finite(model: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all weights are, on all ranks; collective. What a server would make of others is its own affair."""
+    held = (
+        p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in model.parameters()
+    )
+    bad = torch.tensor([not all(bool(weight.isfinite().all()) for weight in held)], device=accelerator.device)
+    return not bool(accelerator.gather(bad).any())
 
 
 def merged_weights(model: PreTrainedModel | PeftModel) -> Iterator[tuple[str, Tensor]]:

@@ -36,7 +36,7 @@ from transformers import get_scheduler
 
 from equipoise.data.files import write_aside
 from equipoise.train.checkpoints import STATE_FILE, save_checkpoint
-from equipoise.train.diagnostics.non_finite import stop_non_finite
+from equipoise.train.diagnostics.non_finite import stop_non_finite, stop_unsampled
 from equipoise.train.diagnostics.steps import StepWatch
 from equipoise.train.losses import ppo
 from equipoise.train.losses.kl import k3
@@ -194,9 +194,14 @@ class SafeRLHFTrainer:
         slots = [draw * num + i % num for i, draw in enumerate(draws)]
         prompts = [self.draws.prompt_ids[draw] for draw in draws]
         answers = self.sampler.sample(self.models.acting(), prompts, slots)
+        categories = [self.draws.categories[draw] for draw in draws]
+        names = [self.draws.names[category] for category in categories]
+        sampled = zip(slots, names, prompts, answers, strict=True)
+        stop_unsampled(self.accelerator, self.folder, step + 1, self.models.tokenizer, sampled)
         return [
-            Episode(slot, self.draws.categories[draw], prompt, answer, ended(answer, self.ends))
-            for slot, draw, prompt, answer in zip(slots, draws, prompts, answers, strict=True)
+            Episode(slot, category, prompt, answer, ended(answer, self.ends))
+            for slot, category, prompt, answer in zip(slots, categories, prompts, answers, strict=True)
+            if answer is not None
         ]
 
     # ---- what the update needs --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from equipoise.train.trainers.rollout import (
     Episode,
+    GumbelSampling,
     TransformersSampler,
     VLLMSampler,
     collate,
@@ -69,7 +70,8 @@ def sample(
     model: Any, tokenizer: Any, prompts: list[list[int]], slots: list[int], **options: Any
 ) -> list[list[int]]:
     keys: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2, "seed": 0}
-    return TransformersSampler(tokenizer, **(keys | options)).sample(model, prompts, slots)
+    answers = TransformersSampler(tokenizer, **(keys | options)).sample(model, prompts, slots)
+    return [answer for answer in answers if answer is not None]
 
 
 def test_an_answer_depends_on_its_slot_and_not_on_its_neighbours(
@@ -125,6 +127,25 @@ def test_an_answer_keeps_its_end_token_and_nothing_behind(
     assert all(len(a) == 20 for a in answers if not ended(a, {2}))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_answer_without_a_distribution_to_draw_from_is_none(
+    bad: float, tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole = sample(tiny_model, tiny_tokenizer, PROMPTS, [0, 1, 2])
+    assert not any(10 in row for row in [*whole, PROMPTS[0], PROMPTS[2]])
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight[10] = bad  # of the second prompt
+    sampler = TransformersSampler(tiny_tokenizer, max_new_tokens=6, batch_size=3, seed=0)
+    assert sampler.sample(tiny_model, PROMPTS, [0, 1, 2]) == [whole[0], None, whole[2]]
+
+
+def test_tokens_that_are_ruled_out_are_no_fault() -> None:
+    drawn = GumbelSampling(0, [0, 1, 2], CPU)
+    drawn(torch.empty(3, 0), torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf], [1.0, torch.nan]]))
+    drawn(torch.empty(3, 0), torch.zeros(3, 2))
+    assert drawn.finite.tolist() == [True, False, False]
+
+
 # ---- vLLM -----------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +186,9 @@ class FakeClient:
 
 def test_the_server_gets_this_steps_weights_and_then_the_prompts(tiny_model: LlamaForCausalLM) -> None:
     client, peft = FakeClient(), with_adapters(tiny_model)
-    accelerator: Any = SimpleNamespace(is_main_process=True, process_index=0)
+    accelerator: Any = SimpleNamespace(
+        is_main_process=True, process_index=0, device=CPU, gather=lambda bad: bad
+    )
     sampler = VLLMSampler(client, accelerator, max_new_tokens=6, seed=3)
     assert sampler.sample(peft, PROMPTS, [0, 1, 2]) == [[*p, 2] for p in PROMPTS]
     assert client.calls == ["weights", "reset", "generate"]
@@ -197,6 +220,26 @@ def test_ranks_get_the_answers_to_their_own_prompts(
         objects[0] = answers["completion_ids"]
 
     monkeypatch.setattr("equipoise.train.trainers.rollout.broadcast_object_list", from_rank_0)
-    accelerator: Any = SimpleNamespace(is_main_process=False, process_index=1)
+    accelerator: Any = SimpleNamespace(
+        is_main_process=False, process_index=1, device=CPU, gather=lambda bad: bad
+    )
     sampler = VLLMSampler(None, accelerator, max_new_tokens=6, seed=3)
     assert sampler.sample(tiny_model, PROMPTS, [2, 3, 4]) == [[3], [4], [5]]
+
+
+@pytest.mark.parametrize(("mine", "others"), [(torch.nan, False), (1.0, True)])
+def test_weights_that_are_not_finite_on_any_rank_are_not_sent(
+    mine: float, others: bool, tiny_model: LlamaForCausalLM
+) -> None:
+    client = FakeClient()
+    accelerator: Any = SimpleNamespace(
+        is_main_process=True,
+        process_index=0,
+        device=CPU,
+        gather=lambda bad: torch.cat([bad, torch.tensor([others])]),
+    )
+    with torch.no_grad():
+        tiny_model.lm_head.weight[3, 3] = mine
+    sampler = VLLMSampler(client, accelerator, max_new_tokens=6, seed=3)
+    assert sampler.sample(tiny_model, PROMPTS, [0, 1, 2]) == [None] * 3
+    assert client.calls == []

@@ -291,21 +291,50 @@ def test_a_scorer_that_gives_nothing_finite_stops_the_run() -> None:
         train(stage(), cost=lambda batch: torch.full((len(batch.episodes),), torch.nan))
 
 
+def written(error: str) -> list[dict[str, Any]]:
+    path = Path(re.search(r"examples are in (\S+\.jsonl)", error)[1])  # type: ignore[index]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_a_gradient_that_is_not_finite_names_its_answers(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"the gradient of the policy is not finite, of \d+ of 16 examples"
     ) as stopped:
         train(stage(learning_rate=1e30), folder=tmp_path / "safe" / "checkpoints")
-    path = Path(re.search(r"examples are in (\S+\.jsonl)", str(stopped.value))[1])  # type: ignore[index]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = written(str(stopped.value))
     assert len(rows) == 16
     assert {"id", "category", "prompt", "answer", "reward", "cost"} <= rows[0].keys()
+
+
+class Poisoned(TransformersSampler):
+    """The weights of the second step are not numbers."""
+
+    def sample(self, model: Any, prompts: Any, slots: Any) -> list[list[int] | None]:
+        if slots[0]:
+            with torch.no_grad():
+                next(model.parameters())[PROMPTS["S1"][-1]] = torch.nan
+        return super().sample(model, prompts, slots)
+
+
+def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path: Path) -> None:
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=END)
+    sampler, folder = Poisoned(tokenizer, 1, 512, 0), tmp_path / "safe" / "checkpoints"
+    with pytest.raises(
+        TrainingError, match=r"step 2: the distribution to sample from is not finite, of 8 of 16 examples"
+    ) as stopped:
+        train(stage(), names=("S1", "S2"), sampler=sampler, folder=folder)
+    rows = written(str(stopped.value))
+    assert [row["id"] for row in rows] == [f"answer {slot}" for slot in range(16, 32)]
+    assert {(row["category"], row["prompt"], row["answer"] is None, row["finite"]) for row in rows} == {
+        ("S1", str(PROMPTS["S1"]), True, False),
+        ("S2", str(PROMPTS["S2"]), False, True),
+    }
 
 
 class Silent:
     """Says nothing (not even an end token) to every other prompt."""
 
-    def sample(self, model: Any, prompts: Any, slots: Any) -> list[list[int]]:
+    def sample(self, model: Any, prompts: Any, slots: Any) -> list[list[int] | None]:
         return [[] if slot % 2 else [3] for slot in slots]
 
 
