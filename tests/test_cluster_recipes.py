@@ -1,8 +1,10 @@
 """The files for launchers and clusters against the packages that read them."""
 
+import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,8 @@ def test_the_batch_script_queues_itself_again(
         "SLURM_NODEID": "0",
         "SLURM_GPUS_ON_NODE": "8",
     }
-    shell = subprocess.Popen(["bash", RECIPES / "cluster" / "train.sbatch", "recipe=tsdi"], env=environment)
+    script = RECIPES / "cluster" / "train.sbatch"
+    shell = subprocess.Popen(["bash", script, "recipe=tsdi"], env=environment, start_new_session=True)
     try:
         if number is not None:
             while not calls.exists() or "started" not in calls.read_text():
@@ -149,7 +152,8 @@ def test_the_batch_script_queues_itself_again(
             shell.send_signal(number)
         assert shell.wait(20) == code
     finally:
-        shell.kill()
+        with suppress(ProcessLookupError):  # all that a failed test would leave behind
+            os.killpg(shell.pid, signal.SIGKILL)
     told = calls.read_text().splitlines()
     assert ("saved" in told) == (launcher in (SAVES, SAVES_BEHIND))
     assert ("limit 270" in told) == ("saved" in told)  # below the 300 s of --signal
