@@ -1,7 +1,8 @@
 """What `scripts/benchmark memory` trains: two steps of every method, from the shipped recipes."""
 
+import gc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from equipoise.data.errors import EquipoiseError
 from equipoise.data.sources import load_data
 from equipoise.eval.models import load_tokenizer
 from equipoise.train.cli import compose
+from equipoise.train.planning.evaluation import Judging
 from equipoise.train.planning.machine import Machine
 from equipoise.train.planning.memory import ModelSize, Training
 from equipoise.train.planning.phase_memory import PhaseMemory
@@ -36,8 +38,11 @@ class Method:
     """Of the stage."""
     model: Mapping[str, object] = field(default_factory=dict)
     """Of the recipe's model."""
+    judged: bool = False
+    """Between its two steps, and behind them."""
 
 
+_JUDGED = ["gate.every=1", "data.max_prompts_per_category=2", "evaluation.max_new_tokens=16"]
 _ROLLOUTS = {"num_steps": 2, "per_device_batch_size": 8, "gradient_accumulation_steps": 1}
 _SCORERS = {"reward_model": "{folder}/reward_model/scorer", "cost_model": "{folder}/cost_model/scorer"}
 
@@ -49,6 +54,8 @@ METHODS = {
     "dpo_full_checkpointed": Method(
         "dpo", "safe", model={"lora.enabled": "false", "gradient_checkpointing": "true"}
     ),
+    "dpo_judged": Method("dpo", "safe", judged=True),
+    "dpo_full_judged": Method("dpo", "safe", model={"lora.enabled": "false"}, judged=True),
     "dpo_nf4": Method("dpo", "safe", model={"quantization": "nf4"}),
     "sft_checkpointed": Method("sft", "sft", model={"gradient_checkpointing": "true"}),
     "kto": Method("kto", "safe"),
@@ -76,11 +83,13 @@ def recipe_of(method: str, folder: Path, name: str | None = None) -> Recipe:
             "diagnostics.speed=false",
             "evaluation.baseline=false",
             f"output_dir={folder / 'runs'}",
+            *(_JUDGED if chosen.judged else []),
         ]
     )
     if not isinstance(cfg, DictConfig):
         raise EquipoiseError(f"recipe={chosen.recipe} cannot be composed")
-    stage: dict[str, Any] = {**cfg.stages[chosen.stage], "num_steps": 2, "evaluate": False, "save_every": 0}
+    stage: dict[str, Any] = {**cfg.stages[chosen.stage], "num_steps": 2, "save_every": 0}
+    stage["evaluate"] = chosen.judged
     for key, value in chosen.changes.items():
         stage[key] = value.format(folder=scorers(folder)) if isinstance(value, str) else value
     cfg.stages = {chosen.stage: stage}
@@ -100,13 +109,23 @@ def measure(method: str, folder: Path) -> dict[str, Any]:
     training = Training.of(recipe.model, ModelSize.of(config, num_bytes // 4))
     data = load_data(recipe.data, recipe.seed)
     machine = Machine("this one", memory=1.0, flops=1.0, efficiency=1.0)
-    planning = Planning(
-        recipe, data, load_tokenizer(recipe.model.id), training, machine, say=lambda text: None
-    )
+    tokenizer = load_tokenizer(recipe.model.id)
+    planning = Planning(recipe, data, tokenizer, training, machine, say=lambda text: None)
     ((name, stage),) = recipe.stages.items()
-    memory = planning.memory(stage, plan_stage(name, stage, planning))
+    row = plan_stage(name, stage, planning)
+    phases = [planning.memory(stage, row)]
+    if stage.evaluate:
+        judging = Judging.of(recipe, data, tokenizer, on_gpu=False, say=print)
+        phases = [
+            judging.beside(name, row, phases[0]),
+            judging.inside(name, row, training),
+            judging.behind(training),
+        ]
+    memory = max(phases, key=lambda phase: phase.total)
     # What libraries load on their first use is none of the training's: a small model goes first.
-    run(recipe_of("dpo", folder.parent / WARM_UP, name=f"before_{method}_{folder.name}"))
+    first = method if METHODS[method].judged else "dpo"
+    run(recipe_of(first, folder.parent / WARM_UP, name=f"before_{method}_{folder.name}"))
+    gc.collect()
     before = psutil.Process().memory_info().rss
     peak = PhaseMemory(torch.device("cpu"))
     with peak.measured("run"):
@@ -119,6 +138,5 @@ def measure(method: str, folder: Path) -> dict[str, Any]:
         target = scorers(folder) / method / "scorer"
         target.parent.mkdir(parents=True)
         left.rename(target)
-    names = ("weights", "states", "gathered", "activations", "logits", "cache")
-    parts = {part: getattr(memory, part) for part in names}
+    parts = {item.name: getattr(memory, item.name) for item in fields(memory) if item.name != "host"}
     return {"estimate": memory.total, "growth": growth, "ratio": memory.total / growth, "parts": parts}

@@ -1,8 +1,11 @@
 """What a run's exit code says, evaluations inside a stage, and where stages start; more: `test_run.py`."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,3 +195,34 @@ def test_states_of_a_sort_are_called_by_their_stage(make_stage: Any) -> None:
         "safe": "safe",
         "token_bias": "tsdi",
     }
+
+
+class Trainer:
+    """One that its callback knows."""
+
+    def __init__(self) -> None:
+        self.callback = self.step
+
+    def step(self) -> None:
+        """Never called."""
+
+
+def test_what_a_stage_held_is_gone_before_its_result_is_judged(
+    tmp_path: Path, make_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Trainer]] = []
+
+    def train(*_: object) -> StageResult:
+        trainer = Trainer()
+        held.append(weakref.ref(trainer))
+        return StageResult("model", 0.0, {})
+
+    monkeypatch.setitem(run_module.RUNNERS, PreferenceStageConfig, train)
+    recipe = SimpleNamespace(resume=SimpleNamespace(keep_last=False))
+    context: Any = SimpleNamespace(stage_dir=lambda name: tmp_path, recipe=recipe)
+    gc.disable()
+    try:
+        run_module._run_stage("safe", make_stage(), "model", context)
+    finally:
+        gc.enable()
+    assert held[0]() is None

@@ -1,4 +1,4 @@
-"""What is not finite (a loss, a gradient, logits to sample from) ends the training, with the step's examples written."""
+"""What is not finite (a loss, a gradient, logits to sample from) ends the training; the step's examples are written."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

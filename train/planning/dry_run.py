@@ -64,7 +64,7 @@ def plan(
     num_inside = 0
     for name, row in rows.items():
         stage = recipe.stages[name]
-        needs[name] = judging.beside(name, planning.memory(stage, row))
+        needs[name] = judging.beside(name, row, planning.memory(stage, row))
         time_text = f"about {duration(row.seconds)}" if row.seconds else ""
         memory_text = _gib(needs[name], machine)
         table.add_row(name, stage.kind, row.steps, row.examples, row.tokens, memory_text, time_text)
@@ -181,7 +181,7 @@ def _with_judging(judging: Judging, name: str, row: StagePlan, inside: bool) -> 
     """The stage with its judges and, where states are judged inside it, with the larger of both phases."""
 
     def needs(training: Training, batch_size: int) -> Memory:
-        phases = [judging.beside(name, row.needs(training, batch_size))]
+        phases = [judging.beside(name, row, row.needs(training, batch_size))]
         if inside:
             phases.append(judging.inside(name, row, training))
         return max(phases, key=lambda memory: memory.total)

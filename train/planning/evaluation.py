@@ -84,11 +84,12 @@ class Judging:
         """Whether the process that judges has devices of its own."""
         return self.recipe.gate.where != "in_process" and self.recipe.gate.devices is not None
 
-    def beside(self, name: str, memory: Memory) -> Memory:
-        """What a stage takes, with the judges that are there already: the run's, once it has judged, and a reward's."""
+    def beside(self, name: str, row: StagePlan, memory: Memory) -> Memory:
+        """What a stage takes, with the judges that it trains beside: the run's, once it has judged, and a reward's."""
         stages = self.recipe.stages
         before = [stage.evaluate for stage in list(stages.values())[: list(stages).index(name)]]
-        judged = self.recipe.evaluation.baseline or any(before)
+        inside = self.times_inside(stages[name], row) > 0
+        judged = self.recipe.evaluation.baseline or any(before) or inside
         held = self.judge if judged and self.recipe.gate.where == "in_process" else 0.0
         return replace(memory, judge=held + self._reward(stages[name]))
 

@@ -77,13 +77,14 @@ def test_inside_a_stage_by_hand() -> None:
     [
         (GateConfig(), True, {"helpful": 1000, "safe": 1000, "rl": 2000}),
         (GateConfig(), False, {"helpful": 0, "safe": 0, "rl": 2000}),
+        (GateConfig(every=3), False, {"helpful": 0, "safe": 1000, "rl": 2000}),
         (GateConfig(where="subprocess"), True, {"helpful": 0, "safe": 0, "rl": 1000}),
     ],
 )
 def test_the_judge_stays_once_it_has_judged(gate: GateConfig, baseline: bool, held: dict[str, float]) -> None:
     """And a GRPO stage that is rewarded by a judge has one of its own."""
     keeper = judging(gate, baseline)
-    assert {name: keeper.beside(name, Memory(weights=5)).judge for name in held} == held
+    assert {name: keeper.beside(name, ROW, Memory(weights=5)).judge for name in held} == held
     assert keeper.inside("rl", ROW, FULL).judge == 2000
 
 
