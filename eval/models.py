@@ -102,12 +102,13 @@ def load_model(
     notify: Notify | None = None,
     chat: bool = True,
     quantization: "BitsAndBytesConfig | None" = None,
+    device_map: "dict[str, str] | None" = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a model in eval mode, on the CPU, and its tokenizer; a quantised model on this rank's accelerator, if any.
 
     Only safetensors weights are read: pickled ones can run code. The tokenizer always has a pad token
     (its end-of-sequence token if it came without one, which `notify` is told) and, unless `chat` is false, a chat
-    template.
+    template. device_map: transformers'.
 
     Raises:
         ModelError: see `resolve_model`; or the weights do not load, or the tokenizer cannot chat.
@@ -130,7 +131,7 @@ def load_model(
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                resolved, dtype=dtype, use_safetensors=True, **options
+                resolved, dtype=dtype, use_safetensors=True, device_map=device_map, **options
             )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(

@@ -157,16 +157,21 @@ def load_scorer(
     backbone: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device_map: dict[str, str] | None = None,
 ) -> Scorer:
     """The scorer of a folder, frozen and in eval mode; dtype is the decoder's, the head stays fp32.
 
     device: None: where it was read. backbone: the model to put the adapter on, where it is no longer at the place that
-    the folder names.
+    the folder names. device_map: transformers'.
     Raises ScorerError, or ModelError where the backbone does not load.
     """
     folder = Path(folder).expanduser()
     card = read_card(folder)
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options = {
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "device_map": device_map,
+    }
     if card.backbone is None:
         scorer = _load_full(folder, card, dtype, options)
     else:

@@ -16,7 +16,7 @@ from equipoise.eval.generation.batches import base_of
 from equipoise.eval.models import load_model, native_dtype
 from equipoise.train.ranks import from_first
 from equipoise.train.recipe import ModelConfig
-from equipoise.train.sharding import read_in_shards, unsharded, whole_tensors
+from equipoise.train.sharding import allocate, read_in_shards, unsharded, whole_tensors
 
 
 def load_policy(
@@ -38,16 +38,20 @@ def load_trainable(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_policy`, to be trained: in shards where the engine makes them, quantised by `model.quantization`.
 
-    engine: as `read_in_shards` takes it. Collective.
+    engine: as `read_in_shards` takes it; where it is given, what a rank has not read stays on the device `meta`.
+    Collective.
     """
-    with read_in_shards(config.dtype, engine):
-        return _load(config, folder, notify, quantization_config(config))
+    with read_in_shards(config.dtype, engine) as device_map:
+        model, tokenizer = _load(config, folder, notify, quantization_config(config), device_map)
+    if engine is None:
+        allocate(model, "cpu")  # accelerate tells the optimizer's parameters apart by their addresses
+    return model, tokenizer
 
 
 def load_frozen(config: ModelConfig, folder: Path | str, engine: str | None = None) -> PreTrainedModel:
     """A second model from the same folder, to be the reference of one that is trained whole; as `load_trainable`."""
-    with read_in_shards(config.dtype, engine):
-        model, _ = _load(config, folder)
+    with read_in_shards(config.dtype, engine) as device_map:
+        model, _ = _load(config, folder, device_map=device_map)
     return model.requires_grad_(False)
 
 
@@ -56,6 +60,7 @@ def _load(
     folder: Path | str | None,
     notify: Callable[[str], None] | None = None,
     quantization: BitsAndBytesConfig | None = None,
+    device_map: dict[str, str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model(
         str(folder) if folder is not None else config.id,
@@ -65,6 +70,7 @@ def _load(
         attn_implementation=config.attn_implementation,
         notify=notify,
         quantization=quantization,
+        device_map=device_map,
     )
 
 

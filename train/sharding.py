@@ -2,8 +2,8 @@
 
 Read whole by every process, a model of 70B takes 140 GB of the machine's memory a GPU. So what is to be trained, and
 its frozen copy, arrive as transformers lets them: under ZeRO-3 the first rank reads and every layer is cut as it comes;
-under FSDP 2 (`fsdp_cpu_ram_efficient_loading`) one rank of each machine reads, the others hold tensors without memory
-(on the device `meta`), and accelerate sends each its shards.
+under FSDP 2 (`fsdp_cpu_ram_efficient_loading`) one rank of each machine reads, the others hold tensors that nobody has
+written to, and accelerate sends each its shards.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, fsdp2_prepare_model, patch_environment
+from accelerate.utils.environment import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -23,33 +24,47 @@ from trl.models import prepare_deepspeed
 
 from equipoise.train.planning.engine import Engine
 
+EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""Environment variable of `accelerate launch`: `fsdp_cpu_ram_efficient_loading` of its file."""
+
 
 @contextmanager
-def read_in_shards(dtype: str, engine: str | None = None) -> Iterator[None]:
-    """Inside, `from_pretrained` reads a model of `dtype` as the engine shards it; whole where none does.
+def read_in_shards(dtype: str, engine: str | None = None) -> Iterator[dict[str, str] | None]:
+    """Inside, `from_pretrained(..., device_map=...)`, with what this gives, reads a model as the engine shards it.
 
-    engine: `zero3`, `fsdp2` or another; None: the launch's. Collective: every rank has to read the same models in the
-    same order.
+    engine: `zero3`, `fsdp2`, or another, under which models are read whole; None: the launch's. Collective: every rank
+    has to read the same models in the same order.
     """
     engine = engine or Engine.launched().name
-    if engine == "zero3":
-        plugin = DeepSpeedPlugin(zero3_init_flag=True)
-        plugin.deepspeed_config["bf16"] = {
-            "enabled": dtype == "bfloat16"
-        }  # what DeepSpeed makes the parameters in
-        with unsharded():  # puts back what there was
+    with unsharded():  # puts back what there was
+        if engine == "zero3":
+            plugin = DeepSpeedPlugin(zero3_init_flag=True)
+            # What DeepSpeed makes the parameters in.
+            plugin.deepspeed_config["bf16"] = {"enabled": dtype == "bfloat16"}
             plugin.set_deepspeed_weakref()  # transformers keeps a weak reference: `plugin` lives as long as this
-            yield
-    elif engine == "fsdp2":
-        efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-        with (
-            unsharded(),
-            patch_environment(accelerate_use_fsdp="true", fsdp_cpu_ram_efficient_loading=efficient),
-        ):
-            yield
-    else:
-        with unsharded():
-            yield
+            yield None
+        elif engine == "fsdp2" and parse_flag_from_env(EFFICIENT, default=True):
+            # transformers then makes the buffers that are in no file, which nobody sends.
+            with patch_environment(accelerate_use_fsdp="true", **{EFFICIENT: "true"}):
+                yield {"": "meta"} if PartialState().local_process_index else None
+        else:
+            yield None
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Memory on `device` for the tensors that have none, whatever is in it; tied ones stay tied.
+
+    On a CPU no page of it is resident until it is written to, which accelerate and FSDP do not do.
+    """
+    made: dict[int, Any] = {}
+    for part in model.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta and not isinstance(tensor, DTensor):
+                    empty = torch.empty_like(tensor, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    tensors[name] = made.setdefault(id(tensor), empty)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -5,26 +5,28 @@ from types import ModuleType
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from equipoise.train.sharding import own_reference, read_in_shards, unsharded
+from equipoise.train.sharding import EFFICIENT, own_reference, read_in_shards, unsharded
 
 
-@pytest.mark.parametrize("efficient", [None, "false"])
-def test_fsdp_is_told_to_transformers_and_the_environment_is_put_back(
-    efficient: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("efficient", [None, "true", "false"])
+def test_under_fsdp_one_rank_of_a_machine_reads(
+    efficient: str | None, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    monkeypatch.delenv("FSDP_CPU_RAM_EFFICIENT_LOADING", raising=False)
+    monkeypatch.delenv(EFFICIENT, raising=False)
     if efficient is not None:
-        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+        monkeypatch.setenv(EFFICIENT, efficient)
+    monkeypatch.setattr(PartialState(), "local_process_index", rank)
     before = dict(os.environ)
-    with read_in_shards("float32", "fsdp2"):
-        assert os.environ["ACCELERATE_USE_FSDP"] == "true"
-        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == (efficient or "true")
+    with read_in_shards("float32", "fsdp2") as device_map:
+        assert device_map == ({"": "meta"} if rank and efficient != "false" else None)
+        assert os.environ.get("ACCELERATE_USE_FSDP") == (None if efficient == "false" else "true")
         with unsharded():
             assert "ACCELERATE_USE_FSDP" not in os.environ
-        assert os.environ["ACCELERATE_USE_FSDP"] == "true"
     assert dict(os.environ) == before
 
 

@@ -33,7 +33,7 @@ from equipoise.eval.scorer_card import ScorerError, read_card, weights_hash
 from equipoise.train.model import load_frozen, load_trainable, peft_config, uses_frozen_copy
 from equipoise.train.planning.engine import SHARDED, Engine
 from equipoise.train.recipe import ModelConfig
-from equipoise.train.sharding import read_in_shards
+from equipoise.train.sharding import allocate, read_in_shards
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm
 from equipoise.train.trainers.rollout import RolloutBatch
 
@@ -109,9 +109,7 @@ class SafeRLHFModels:
         for decoder in self._decoders:
             _shard_layers(decoder, mesh, device)
         for module in self.modules:
-            _allocate(module, device)
-            base = module.backbone if isinstance(module, Scorer) else module
-            base_causal_lm(cast(Any, base)).tie_weights()
+            allocate(module, device)
         _take_from_first(self.modules, device)
         for (
             decoder
@@ -191,7 +189,7 @@ def _shard_layers(decoder: PreTrainedModel, mesh: DeviceMesh, device: torch.devi
     """FSDP 2 on the frozen weights of the decoder's layers. Every pass goes through the decoder's own `__call__`."""
     kinds = set(decoder._no_split_modules or ())
     for layer in [module for module in decoder.modules() if type(module).__name__ in kinds]:
-        _allocate(layer, device)
+        allocate(layer, device)
         _take_from_first([layer], device)  # one layer at a time is whole on a device
         # The scorers' adapters are frozen as well. Quantised weights are bytes, which FSDP cannot take.
         kept = {
@@ -200,13 +198,6 @@ def _shard_layers(decoder: PreTrainedModel, mesh: DeviceMesh, device: torch.devi
             if "lora_" in name or parameter.requires_grad or not parameter.is_floating_point()
         }
         fully_shard(layer, mesh=mesh, ignored_params=kept)
-
-
-def _allocate(module: nn.Module, device: torch.device) -> None:
-    """Memory on `device` for what has none; ties are undone by it."""
-    for part in module.modules():
-        if any(t.is_meta for t in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
-            part.to_empty(device=device, recurse=False)
 
 
 def _take_from_first(modules: Sequence[nn.Module], device: torch.device) -> None:
@@ -325,12 +316,13 @@ def load_separate(
 
 
 def _load_scorer(config: ModelConfig, folder: str) -> Scorer:
-    with read_in_shards(config.dtype, _engine()):
+    with read_in_shards(config.dtype, _engine()) as device_map:
         return load_scorer(
             folder,
             config.dtype,  # type: ignore[arg-type]
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            device_map=device_map,
         )
 
 
