@@ -92,20 +92,24 @@ class Sweep:
     def claimed(self, searched: Mapping[str, Any] | None = None, to_run: bool = True) -> Iterator[None]:
         """Inside the `with` the folder is this sweep's, and where points are run (`to_run`) nobody else runs any in it.
 
-        Raises FolderInUseError, and SweepError where the folder was made for another sweep: more values of the swept
-        keys and more seeds are welcome, another fixed override is not.
+        Raises FolderInUseError, and SweepError where the folder was made for another sweep (more values of the swept
+        keys and more seeds are welcome, another fixed override is not) or, with nothing to run, for none.
         """
         advice = "Wait for it to end; --report-only shows what there is, and name=... begins another sweep."
         with locked_folder(self.folder, advice) if to_run else nullcontext():
-            self._claim(searched)
+            self._claim(searched, to_run)
             yield
 
-    def _claim(self, searched: Mapping[str, Any] | None) -> None:
+    def _claim(self, searched: Mapping[str, Any] | None, to_run: bool) -> None:
         path = self.folder / "sweep.json"
         mine = json.loads(
             json.dumps({"fixed": sorted(self.fixed), "swept": sorted(self.swept), "search": searched})
         )
         if not path.exists():
+            if not to_run:
+                raise SweepError(
+                    f"{self.folder} holds no sweep to report on: look at name=... and output_dir=..."
+                )
             write_aside(path, json.dumps(mine, indent=1) + "\n")
             return
         theirs = json.loads(path.read_text(encoding="utf-8"))

@@ -93,5 +93,17 @@ def test_one_sweep_at_a_time_runs_points_in_a_folder(sweeping: Any, folder_in_us
         sweep.claimed(),
     ):
         pass
+    with sweep.claimed():
+        pass
     with folder_in_use(sweep.folder), sweep.claimed(to_run=False):
         assert (sweep.folder / "sweep.json").exists()
+
+
+def test_a_report_of_no_sweep_makes_none(sweeping: Any) -> None:
+    sweep = sweeping("points").plan(["recipe=tsdi", "lam=1,4", "name=mistyped"])
+    with (
+        pytest.raises(sweeping("points").SweepError, match="mistyped holds no sweep"),
+        sweep.claimed(to_run=False),
+    ):
+        pass
+    assert not sweep.folder.exists()
