@@ -60,8 +60,10 @@ def plan(
     judging = Judging.of(
         recipe, data, tokenizer, recipe.plan.gpu is not None or torch.cuda.is_available(), say
     )
+    num_prompts = len(data.harmful_prompts) + len(data.lookalike_prompts)
+    a_state = planning.decoding(num_prompts * recipe.evaluation.max_new_tokens)
     needs: dict[str, Memory] = {}
-    num_inside = 0
+    judged_for = 0.0
     for name, row in rows.items():
         stage = recipe.stages[name]
         needs[name] = judging.beside(name, row, planning.memory(stage, row))
@@ -71,17 +73,16 @@ def plan(
         if times := judging.times_inside(stage, row):
             phase = f"{BEHIND} in {name}"
             needs[phase] = judging.inside(name, row, training)
-            num_inside += times
-            table.add_row(phase, f"{times} states", "", "", "", _gib(needs[phase], machine))
+            judged_for += times * a_state
+            memory_text, time_text = _gib(needs[phase], machine), f"about {duration(times * a_state)}"
+            table.add_row(phase, f"{times} states", "", "", "", memory_text, time_text)
             say(f"{phase}: {_parts(needs[phase])}")
     num_states = recipe.evaluation.baseline + sum(bool(stage.evaluate) for stage in recipe.stages.values())
-    num_prompts = len(data.harmful_prompts) + len(data.lookalike_prompts)
-    num_tokens = (num_states + num_inside) * num_prompts * recipe.evaluation.max_new_tokens
-    evaluation = planning.decoding(num_tokens)
+    judged_for += num_states * a_state
     if num_states:
         needs[BEHIND] = judging.behind(training)
         memory_text = "elsewhere" if judging.elsewhere else _gib(needs[BEHIND], machine)
-        time_text = f"about {duration(evaluation)}"
+        time_text = f"about {duration(num_states * a_state)}"
         table.add_row(BEHIND, f"{num_states} states", "", "", "", memory_text, time_text)
     console.print(table)
     say(
@@ -92,7 +93,7 @@ def plan(
         "as its data sheet says" if recipe.plan.gpu else "measured just now, and too little on a busy machine"
     )
     say(
-        f"about {duration(sum(row.seconds for row in rows.values()) + evaluation)} in all, {engine}, on {machine.name} "
+        f"about {duration(sum(row.seconds for row in rows.values()) + judged_for)} in all, {engine}, on {machine.name} "
         f"at {machine.flops / 1e9:,.0f} GFLOP/s ({measured}), of which training reaches {machine.efficiency:.0%}: a "
         "rough guide"
     )
@@ -152,8 +153,11 @@ def _refuse_what_cannot_fit(
         judged[BEHIND] = partial(judging.behind, training)
     if judged:
         where = "every device" if judging.recipe.gate.where == "in_process" else "the first rank's device"
-        lines.append(f"Judging loads the state's model whole onto {where}. What fits:")
-        lines += [f"  {way}" for way in judging.ways_out(judged, machine.room)]
+        ways = [f"  {way}" for way in judging.ways_out(judged, machine.room)]
+        lines += [
+            f"Judging loads the state's model whole onto {where}.{' What fits:' if ways else ''}",
+            *ways,
+        ]
     stages = {
         name: _with_judging(judging, name, row, name in inside)
         for name, row in rows.items()

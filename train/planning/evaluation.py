@@ -52,6 +52,8 @@ class Judging:
     """Tokens, of a helpful prompt with its reference answer."""
     num_scored: int
     """Of these at once."""
+    on_gpu: bool
+    """Whether the device that is planned for is a GPU."""
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class Judging:
             longest_prompt=max(map(length, (*data.harmful_prompts, *data.lookalike_prompts))),
             longest_scored=max(fitting, default=0),
             num_scored=min(settings.helpfulness_batch_size, len(fitting)),
+            on_gpu=on_gpu,
         )
 
     @property
@@ -147,7 +150,7 @@ class Judging:
         only_inside = BEHIND not in phases
         if only_inside:
             yield "gate.every=0: states are judged behind their stage only"
-        if gate.devices is None:
+        if gate.devices is None and self.on_gpu:
             where = (
                 "gate.where=subprocess (or vllm)"
                 if gate.where == "in_process"

@@ -32,7 +32,7 @@ def judging(gate: GateConfig | None = None, baseline: bool = True, **keys: Any) 
         evaluation=EvaluationConfig(baseline=baseline, batch_size=3, max_new_tokens=5),
         gate=gate or GateConfig(),
     )
-    sizes = {"judge": 1000.0, "longest_prompt": 6, "longest_scored": 9, "num_scored": 2}
+    sizes = {"judge": 1000.0, "longest_prompt": 6, "longest_scored": 9, "num_scored": 2, "on_gpu": True}
     return Judging(recipe, **(sizes | keys))
 
 
