@@ -29,14 +29,13 @@ from equipoise.eval.generation.tsdi import TokenBias
 from equipoise.eval.generation.tsdi_decoding import TOKEN_BIAS_FILE
 from equipoise.eval.judges.base import Judge
 from equipoise.eval.judges.loading import load_judge
-from equipoise.eval.models import native_dtype, resolve_model
+from equipoise.eval.models import load_tokenizer, native_dtype, resolve_model
 from equipoise.eval.terminal import Progress, console, say
 from equipoise.eval.terminal_table import category_table
 from equipoise.train.checkpoints import remove_checkpoints
 from equipoise.train.claim import claimed, forced
 from equipoise.train.diagnostics.alarms import Alarms
 from equipoise.train.gatekeeper import ALIGNED, BASE, TSDI, Gatekeeper
-from equipoise.train.model import load_policy
 from equipoise.train.planning.dry_run import plan
 from equipoise.train.planning.phase_memory import highest_resident_set
 from equipoise.train.precision import agree_on_precision
@@ -354,7 +353,11 @@ def _finish(
     if gatekeeper.reports:
         rows = None
         if token_bias is not None:
-            _, tokenizer = load_policy(recipe.model, context.base_folder)
+            tokenizer = load_tokenizer(
+                context.base_folder,
+                revision=recipe.model.revision,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
             rows = token_bias.top_tokens(tokenizer)
         gatekeeper.write_html(run_dir / "report.html", f"seed {recipe.seed}", token_bias_rows=rows)
         console.print(category_table(gatekeeper.reports, find_taxonomy(recipe.data.taxonomy).names))
