@@ -107,9 +107,10 @@ class Engine:
         """Of the states: what is let go with every step's `zero_grad`; DeepSpeed's are counted as kept."""
         if self.offload != "none" or self.name.startswith("zero"):
             return 0.0
+        if self.name == "fsdp2":
+            return FP32 * training.num_trained / self.num_processes
         width = training.width if training.rank is None else FP32
-        whole = width * training.num_trained
-        return whole / self.num_processes if self.name in SHARDED else whole
+        return width * training.num_trained
 
     def gathered(self, training: "Training") -> float:
         """Weights that are whole for a while: gathered from other devices, or in full precision out of four bits."""

@@ -19,11 +19,12 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
+from equipoise.data.errors import EquipoiseError
 from equipoise.data.sources import SafetyData
 from equipoise.data.templates import encode_turns
 from equipoise.eval.config import JudgeConfig
 from equipoise.eval.judges.loading import FORMS
-from equipoise.eval.models import native_dtype
+from equipoise.eval.models import native_dtype, resolve_model
 from equipoise.train.gatekeeper import evaluation_settings
 from equipoise.train.planning.engine import FP32
 from equipoise.train.planning.memory import Memory, Training
@@ -76,7 +77,7 @@ class Judging:
         return cls(
             recipe,
             judge_bytes(recipe.judge, on_gpu, say),
-            longest_prompt=max(map(length, (*data.harmful_prompts, *data.lookalike_prompts))),
+            longest_prompt=max(map(length, (*data.harmful_prompts, *data.lookalike_prompts)), default=0),
             longest_scored=max(fitting, default=0),
             num_scored=min(settings.helpfulness_batch_size, len(fitting)),
             on_gpu=on_gpu,
@@ -171,7 +172,8 @@ def judge_bytes(config: JudgeConfig, on_gpu: bool, say: Callable[[str], None]) -
     if config.name == "ensemble":
         members = (JudgeConfig(**{"name": name, **keys}) for name, keys in config.judges.items())
         return sum(judge_bytes(member, on_gpu, say) for member in members)
-    dtype = native_dtype() if config.dtype == "native" else config.dtype
+    native = "bfloat16" if on_gpu else native_dtype()
+    dtype = native if config.dtype == "native" else config.dtype
     width = FP32 if dtype == "float32" else 2
     if config.name == "embedded":  # stays on the CPU
         return 0.0 if on_gpu else width * EMBEDDED_PARAMETERS
@@ -182,11 +184,13 @@ def judge_bytes(config: JudgeConfig, on_gpu: bool, say: Callable[[str], None]) -
         return 0.0
     assert config.model is not None, "checked with the recipe"
     try:
+        # Not AutoConfig at once: where no hub can be reached it tries for half a minute.
+        folder = resolve_model(config.model, config.revision)
         options = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-        read = AutoConfig.from_pretrained(config.model, **options)
+        read = AutoConfig.from_pretrained(folder, **options)
         with init_empty_weights():
             model = AutoModel.from_config(read, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (EquipoiseError, OSError, ValueError) as error:
         say(f"judge {config.name}: its model's size is not known and not in the plan ({error})")
         return 0.0
     head = 0 if read.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
