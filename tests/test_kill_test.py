@@ -151,7 +151,7 @@ def test_three_kills_leave_no_trace(tmp_path: Path) -> None:
         "os.rename */eval/safe-3/.report.json.*",
     ]
     small = [
-        "stages.sft.num_steps=2",
+        "~stages.sft",
         "stages.safe.num_steps=5",
         "~stages.token_bias",
         "evaluation.baseline=false",

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ GRPO = [
     "stages.answer.rewards={response_length: 1.0}",
     "+stages.answer.length_limit=0",
 ]
+DYING = [
+    "recipe=sft",
+    "data=jsonl",
+    "evaluation.baseline=false",
+    "stages.sft.evaluate=false",
+    "stages.sft.num_steps=3",
+    "stages.sft.per_device_batch_size=2",
+]
 BATCH_KEYS = {
     "terms": [
         "stages.safe.per_device_batch_size",
@@ -138,9 +147,12 @@ def write_cost_model(folder: Path, model_folder: Path) -> None:
 
 @dataclass
 class Runs:
-    """The folders that all commands have left, on one process and on two."""
+    """The folders that all commands have left, on one process and on two, and how the launch of two ended."""
 
     folder: Path
+    end: subprocess.CompletedProcess[str]
+    ended: float
+    """In seconds since the epoch."""
 
     def run_dir(self, num: str, command: str) -> Path:
         (found,) = (self.folder / num / command).glob("*/seed0")
@@ -183,7 +195,8 @@ def runs(
 ) -> Runs:
     """Every command, in this process and on two ranks; GRPO, which draws its answers a rank, on two ranks alone.
 
-    And behind them what each of the two ranks finds when they judge and gate a model: `rank<N>.json`.
+    And behind them what each of the two ranks finds when they judge and gate a model (`rank<N>.json`), and a run in
+    which the second one fails.
     """
     folder = tmp_path_factory.mktemp("distributed")
     write_pairs(make_data(), folder / "pairs.jsonl")
@@ -198,10 +211,12 @@ def runs(
         "grpo": GRPO,
     }
 
+    model = ("model=hub", f"model.id={tiny_model_folder}", "model.dtype=float32")
+
     def command(name: str, num: str, batch_size: int) -> dict[str, Any]:
         arguments = [
             *keys[name],
-            *("model=hub", f"model.id={tiny_model_folder}", "model.dtype=float32"),
+            *model,
             f"output_dir={folder / num / name}",
             *(f"{key}={batch_size}" for key in BATCH_KEYS[name]),
         ]
@@ -216,7 +231,13 @@ def runs(
             assert cli.main(alone["arguments"]) == 0
         write_cost_model(folder / "judge", tiny_model_folder)
         gated = {"model": str(tiny_model_folder), "judge": str(folder / "judge"), "out": str(folder)}
-        job = {"commands": [command(name, "two", 4) for name in keys], "gated": gated}
+        data = f"data.path={folder / 'pairs.jsonl'}"
+        dies = {
+            "arguments": [*DYING, *model, data, f"output_dir={folder / 'dies'}"],
+            "marker": str(folder / "died"),
+            "code": str(folder / "code"),
+        }
+        job = {"commands": [command(name, "two", 4) for name in keys], "gated": gated, "dies": dies}
         (folder / "job.json").write_text(json.dumps(job))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         done = subprocess.run(
@@ -227,8 +248,8 @@ def runs(
             timeout=400,
             check=False,
         )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Runs(folder)
+    assert (folder / "died").exists(), done.stderr[-3000:]  # all that came before has ended well
+    return Runs(folder, done, time.time())
 
 
 def test_preference_sft_and_cost_stages(runs: Runs) -> None:
@@ -329,3 +350,16 @@ def test_all_ranks_decide_alike_wherever_a_state_is_evaluated(runs: Runs) -> Non
     assert (runs.folder / "subprocess" / "eval" / "safe-2" / "process.log").exists()
     for where in ("in_process", "subprocess"):
         assert not (runs.folder / where / "eval" / "safe-2" / ".work").exists()
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_own_error(runs: Runs) -> None:
+    """Within a minute, though the other waits for it; one that is killed: `engines/test_rank_death.py`."""
+    assert runs.ended - float((runs.folder / "died").read_text()) < 60
+    assert runs.end.returncode != 0
+    said = runs.end.stderr.rpartition("===== a rank dies")[2]
+    assert "equipoise: another rank is gone" in said
+    assert "Traceback" not in said.partition("elastic")[0]  # of ours: what follows is the launcher's
+    assert "equipoise, rank 1: this rank's disk is gone" in said
+    assert (runs.folder / "code").read_text() == "2\n"  # the rank's own, not what became of the first
+    assert not list((runs.folder / "dies").rglob("done.json"))
+    assert list((runs.folder / "dies").rglob("recipe.yaml"))

@@ -1,4 +1,4 @@
-"""A rank that dies ends the run, within a minute and with its own error; real processes under torchrun."""
+"""A killed rank ends the run within a minute; real processes under torchrun. One that fails: test_distributed.py."""
 
 import json
 import os
@@ -11,14 +11,11 @@ import pytest
 
 from equipoise.train import cli
 
-SCRIPT = Path(__file__).with_name("dying_rank.py")
+SCRIPT = Path(__file__).parents[1] / "dying_rank.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["raise", "kill"])
-def test_the_others_do_not_wait_for_a_rank_that_died(
-    how: str, tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_the_others_do_not_wait_for_a_rank_that_was_killed(tmp_path: Path, tiny_model_folder: Path) -> None:
     pairs = [
         {
             "id": f"{c}-{i}",
@@ -49,7 +46,7 @@ def test_the_others_do_not_wait_for_a_rank_that_died(
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
     }
     done = subprocess.run(
-        [*launch, str(SCRIPT), how, str(tmp_path / "died"), *arguments],
+        [*launch, str(SCRIPT), "kill", str(tmp_path / "died"), *arguments],
         env={**own, "OMP_NUM_THREADS": "1", cli.EXIT_CODE_FILE: str(tmp_path / "code")},
         cwd=tmp_path,
         capture_output=True,
@@ -61,10 +58,6 @@ def test_the_others_do_not_wait_for_a_rank_that_died(
     assert done.returncode != 0
     assert "equipoise: another rank is gone" in done.stderr
     assert "Traceback" not in done.stderr.partition("elastic")[0]  # of ours: what follows is the launcher's
-    if how == "raise":
-        assert "equipoise, rank 1: this rank's disk is gone" in done.stderr
-        assert (tmp_path / "code").read_text() == "2\n"  # the rank's own, not what became of the first
-    else:
-        assert "Signal 9 (SIGKILL)" in done.stderr
-        assert (tmp_path / "code").read_text() == "1\n"
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert (tmp_path / "code").read_text() == "1\n"
     assert not (tmp_path / "outputs/sft/seed0/stages/sft/done.json").exists()
