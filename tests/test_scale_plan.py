@@ -50,7 +50,7 @@ def traffic(training: Any, engine: str, num_gpus: int) -> float:
     [
         ("zero2", 840 + 14 * 420 / 4),
         ("zero3", 16 * 420 / 4 + 840),  # a small model is gathered whole
-        ("fsdp2", 8 * 420 / 4 + 2 * 420),  # and so is one of two layers
+        ("fsdp2", 16 * 420 / 4 + 2 * 420),  # and so is one of two layers
     ],
 )
 def test_memory_by_hand(model: Any, engine: str, bytes_of_states: float) -> None:

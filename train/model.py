@@ -43,8 +43,8 @@ def load_trainable(
     """
     with read_in_shards(config.dtype, engine) as device_map:
         model, tokenizer = _load(config, folder, notify, quantization_config(config), device_map)
-    if engine is None:
-        allocate(model, "cpu")  # accelerate tells the optimizer's parameters apart by their addresses
+    if engine is None:  # accelerate tells the optimizer's parameters apart by their addresses
+        allocate(model, "cpu", torch.float32 if not config.lora.enabled else None)
     return model, tokenizer
 
 

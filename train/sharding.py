@@ -51,19 +51,23 @@ def read_in_shards(dtype: str, engine: str | None = None) -> Iterator[dict[str, 
             yield None
 
 
-def allocate(model: nn.Module, device: torch.device | str) -> None:
+def allocate(model: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
     """Memory on `device` for the tensors that have none, whatever is in it; tied ones stay tied.
 
-    On a CPU no page of it is resident until it is written to, which accelerate and FSDP do not do.
+    dtype: of the parameters, None: their own. On a CPU no page of it is resident until it is written to, which
+    accelerate does where it makes fp32 of what is trained: give that dtype then.
     """
     made: dict[int, Any] = {}
     for part in model.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta and not isinstance(tensor, DTensor):
-                    empty = torch.empty_like(tensor, device=device)
+                    empty: Tensor
                     if isinstance(tensor, nn.Parameter):
+                        empty = torch.empty_like(tensor, device=device, dtype=dtype)
                         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    else:
+                        empty = torch.empty_like(tensor, device=device)
                     tensors[name] = made.setdefault(id(tensor), empty)
 
 

@@ -9,11 +9,11 @@ With P parameters of w bytes, A adapter parameters and N processes, a device hol
     zero1       w P              w P + 12 P / N, or 8 A + 8 A / N           -
     zero2       w P              (w + 12) P / N, or 4 A + 12 A / N          -
     zero3       w P / N          the same over N, 16 A / N                  w min(1e9, P)
-    fsdp2       w P / N          3 w P / N, or 16 A / N                     w 2 P / L: the layer at work and the next
+    fsdp2       w P / N          (16 - w) P / N, or 16 A / N                w 2 P / L: the layer at work and the next
 
 and in bf16 2 A more for autocast's copy of an adapter (2 A / N under zero3 and fsdp2). Sources: ZeRO (1910.02054),
 section 3.1 with K = 12 bytes of fp32 weights and moments, and figure 1; DeepSpeed's `stage3_max_live_parameters`;
-FSDP 2's implicit prefetching. Offloaded, states (`optimizer`) or weights as well (`all`) wait in the machine's memory:
+accelerate's `fsdp2_prepare_model`, which makes fp32 of what is trained; FSDP 2's implicit prefetching. Offloaded, states (`optimizer`) or weights as well (`all`) wait in the machine's memory:
 DeepSpeed's gradients pass through a bucket of 5e8 elements, FSDP 2 takes all of it out together.
 """
 
@@ -99,7 +99,7 @@ class Engine:
         if self.name in ("single", "ddp"):
             return (3 if self.name == "single" else 4) * width * parameters
         if self.name == "fsdp2":
-            return 3 * width * parameters / num
+            return (4 * FP32 - width) * parameters / num
         gradients = width * parameters / (1 if self.name == "zero1" else num)
         return gradients + 3 * FP32 * parameters / num
 
