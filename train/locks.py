@@ -49,11 +49,12 @@ def locked_folder(folder: Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def made_once(path: Path | None, what: str) -> Iterator[None]:
-    """Inside the `with`, of all runs that share `path` one looks whether it is there, and makes it. Collective.
+    """Inside the `with`, one run at a time looks whether `path` is there, and makes it where it is not. Collective.
 
-    The first rank takes the lock, `<path>.lock`; the others wait for it. what: that the run which has the lock does, as
-    "evaluate the base". Where the file system has no locks, or none comes free within `PATIENCE`, every run does it for
-    itself; so it does without a path. Raises Preempted where this run was told to end while it waited.
+    The first rank takes the lock, `<path>.lock`, and lets go behind the `with`. None: nothing is shared or locked.
+    what: the run that has the lock is doing, as "evaluate the base". Where the file system has no locks, or the lock
+    does not come free within `PATIENCE`, every run does it for itself. Raises Preempted where this run was told to end
+    while it waited.
     """
     with ExitStack() as held:
         if path is not None:
