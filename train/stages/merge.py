@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from equipoise.train import merging
 from equipoise.train.merging import Adapter, MergeError, Weights
 from equipoise.train.model import save_folder
+from equipoise.train.ranks import from_first
 from equipoise.train.recipe.stages import MergeStageConfig
 from equipoise.train.stages.context import StageContext, StageResult
 
@@ -25,16 +25,17 @@ def run_merge(name: str, stage: MergeStageConfig, policy: str, context: StageCon
     started = time.perf_counter()
     folder = context.stage_dir(name)
     models = {weight: folder / f"{weight:g}" / "model" for weight in stage.second_weights}
-    sources = (context.policy_folder(source, policy) for source in (stage.first, stage.second))
-    with PartialState().main_process_first():  # the others find what it has fetched
+
+    def merge() -> None:
+        sources = (context.policy_folder(source, policy) for source in (stage.first, stage.second))
         first, second = (_local(source, context) for source in sources)
-    write, num_bytes = (_weights if stage.of == "weights" else _adapters)(first, second, name, context)
-    if PartialState().is_main_process:
+        write, num_bytes = (_weights if stage.of == "weights" else _adapters)(first, second, name, context)
         _check_room(folder, num_bytes * len(models))
         for weight, model in models.items():
             context.say(f"{name}: {1 - weight:g} {stage.first} + {weight:g} {stage.second}")
             write(weight, model)
-    PartialState().wait_for_everyone()
+
+    from_first(merge)  # which takes longer than a collective waits: minutes a share at 70B
     # The one passed on is judged last: the run's verdict is about it.
     in_order = sorted(models, key=lambda weight: (weight == stage.pass_on, weight))
     facts: dict[str, object] = {
