@@ -15,8 +15,8 @@ MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 def agree_on_precision(config: ModelConfig, say: Callable[[str], None]) -> None:
     """Make the launch's mixed precision that of `model.dtype`, and say where it was another; `native` is resolved.
 
-    Raises RecipeError for a format that no recipe has, for a DeepSpeed file that insists on another, and for 4-bit
-    weights under an engine that shards them.
+    Raises RecipeError for a format that no recipe has, for a DeepSpeed file that insists on another, for 4-bit weights
+    under an engine that shards them, and for the first version of FSDP.
     """
     wanted = "bf16" if config.dtype == "bfloat16" else "no"
     found = os.environ.get(MIXED_PRECISION, "no")
@@ -29,6 +29,11 @@ def agree_on_precision(config: ModelConfig, say: Callable[[str], None]) -> None:
         say(f"the launch's mixed_precision=bf16 is not followed: model.dtype={config.dtype}")
     os.environ[MIXED_PRECISION] = wanted
     engine = Engine.launched()
+    if engine.name == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RecipeError(
+            "the launch asks for FSDP 1, and models are sharded by FSDP 2: set fsdp_version: 2 in its file, as in "
+            "recipes/accelerate/fsdp2.yaml"
+        )
     if engine.name.startswith("zero"):
         _check_deepspeed(config, wanted)
     if config.quantization != "none" and engine.name in SHARDED:

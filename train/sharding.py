@@ -9,11 +9,12 @@ written to, and accelerate sends each its shards.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, fsdp2_prepare_model, patch_environment
 from accelerate.utils.environment import parse_flag_from_env
 from torch import Tensor, nn
@@ -69,6 +70,16 @@ def allocate(model: nn.Module, device: torch.device | str, dtype: torch.dtype | 
                     else:
                         empty = torch.empty_like(tensor, device=device)
                     tensors[name] = made.setdefault(id(tensor), empty)
+
+
+def keep_fp32_outputs(accelerator: Accelerator) -> None:
+    """FSDP 2 hands on what the model gives; accelerate's policy for bf16 would round log-probabilities and scores.
+
+    To be called before a model is prepared.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -66,3 +66,11 @@ def test_four_bits_are_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     deepspeed(monkeypatch, stage="3")
     with pytest.raises(RecipeError, match=r"zero3.*ddp\.yaml or zero2\.yaml"):
         agree_on_precision(config, print)
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"FSDP 1.*fsdp_version: 2"):
+        agree_on_precision(ModelConfig(dtype="float32"), print)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    agree_on_precision(ModelConfig(dtype="float32"), print)

@@ -1,14 +1,22 @@
 """How models are read where an engine shards them; that it works in real processes is the matrix' part."""
 
 import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from equipoise.train.sharding import EFFICIENT, own_reference, read_in_shards, unsharded
+from equipoise.train.sharding import (
+    EFFICIENT,
+    allocate,
+    keep_fp32_outputs,
+    own_reference,
+    read_in_shards,
+    unsharded,
+)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -50,3 +58,25 @@ def test_trl_takes_our_reference_and_is_put_back() -> None:
         assert module.hash_module(ours) is None
         assert not hasattr(module, "prepare_fsdp")  # not every trainer shards one
     assert {name: getattr(module, name) for name in theirs} == theirs
+
+
+def test_log_probabilities_are_not_rounded_by_fsdp() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    assert plugin.mixed_precision_policy.output_dtype == torch.bfloat16  # accelerate's, which would
+    keep_fp32_outputs(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))  # type: ignore[arg-type]
+    assert plugin.mixed_precision_policy.output_dtype is None
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+    keep_fp32_outputs(SimpleNamespace(state=SimpleNamespace()))  # type: ignore[arg-type]
+
+
+def test_tied_tensors_without_memory_stay_tied() -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    model.register_buffer("real", torch.ones(2))
+    model.register_buffer("unread", torch.empty(2, device="meta"))
+    allocate(model, "cpu", torch.bfloat16)
+    assert model[0].weight is model[1].weight
+    assert (model[0].weight.device.type, model[0].weight.dtype) == ("cpu", torch.bfloat16)
+    assert model.real.tolist() == [1, 1]
+    assert (model.unread.device.type, model.unread.dtype) == ("cpu", torch.float32)

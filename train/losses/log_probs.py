@@ -143,11 +143,14 @@ class _ThroughHead(torch.autograd.Function):
             before = z.clone() if in_forward and softcap is not None else z
             values[tokens], grad = function(tokens, z, in_forward)
             if in_forward:
-                ctx.gradient[tokens] = _through(grad, before, scale, softcap, weight.dtype) @ weight
+                grad = _through(grad, before, scale, softcap, weight.dtype) @ weight
+                ctx.gradient[tokens] = grad.to(hidden.dtype)
         if ctx.trained:
             ctx.save_for_backward(hidden)
             # The parameters themselves: an engine may free their memory until then.
             ctx.head, ctx.settings = (weight, bias), (function, scale, softcap, chunk, gathered)
+            kind = hidden.device.type
+            ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         return values
 
     @staticmethod
@@ -158,7 +161,7 @@ class _ThroughHead(torch.autograd.Function):
         (hidden,), (weight, bias) = ctx.saved_tensors, ctx.head
         function, scale, softcap, chunk, gathered = ctx.settings
         grad_hidden = torch.empty_like(hidden)
-        with gathered():
+        with gathered(), torch.autocast(*ctx.autocast):  # the same logits as in the forward pass
             grad_weight = torch.zeros_like(weight)
             grad_bias = torch.zeros_like(bias) if bias is not None else None
             for tokens in _chunks(len(hidden), chunk):
@@ -166,7 +169,7 @@ class _ThroughHead(torch.autograd.Function):
                 before = z.clone() if softcap is not None else z
                 _, grad = function(tokens, z, True)
                 grad = _through(grad * grad_values[tokens, None], before, scale, softcap, weight.dtype)
-                grad_hidden[tokens] = grad @ weight
+                grad_hidden[tokens] = (grad @ weight).to(hidden.dtype)
                 grad_weight.addmm_(grad.T, hidden[tokens].to(weight.dtype))
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)

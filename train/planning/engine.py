@@ -13,8 +13,9 @@ With P parameters of w bytes, A adapter parameters and N processes, a device hol
 
 and in bf16 2 A more for autocast's copy of an adapter (2 A / N under zero3 and fsdp2). Sources: ZeRO (1910.02054),
 section 3.1 with K = 12 bytes of fp32 weights and moments, and figure 1; DeepSpeed's `stage3_max_live_parameters`;
-accelerate's `fsdp2_prepare_model`, which makes fp32 of what is trained; FSDP 2's implicit prefetching. Offloaded, states (`optimizer`) or weights as well (`all`) wait in the machine's memory:
-DeepSpeed's gradients pass through a bucket of 5e8 elements, FSDP 2 takes all of it out together.
+accelerate's `fsdp2_prepare_model`, which makes fp32 of what is trained; FSDP 2's implicit prefetching. Offloaded,
+states (`optimizer`) or weights as well (`all`) wait in the machine's memory: DeepSpeed's gradients pass through a
+bucket of 5e8 elements, FSDP 2 takes all of it out together.
 """
 
 import os

@@ -29,7 +29,12 @@ class Reference:
         """The reference inside: an adapter is switched off; a frozen copy or an untrained policy is one as it is."""
         policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
         if self._trainer.ref_model is None and isinstance(policy, PeftModel):
+            trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
             with policy.disable_adapter():
+                # PEFT freezes what it switches off. In its first pass, which may be this one, FSDP looks at what is
+                # trained for the dtype of gradients.
+                for parameter in trained:
+                    parameter.requires_grad_(True)
                 yield
         else:
             yield

@@ -13,6 +13,7 @@ from transformers.training_args import TrainingArguments
 from equipoise.data.files import write_aside
 from equipoise.train.checkpoints import STATE_FILE, save_checkpoint
 from equipoise.train.diagnostics.non_finite import stop_non_finite
+from equipoise.train.sharding import keep_fp32_outputs
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.step_table import StepTable
 
@@ -54,6 +55,11 @@ class OptimizerSteps(Trainer):
     """For the manifests of checkpoints."""
     _saving_in: Path | None = None
     """Where a checkpoint's folder is put while it is written."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Transformers', with the precision that losses are computed in."""
+        super().create_accelerator_and_postprocess()
+        keep_fp32_outputs(self.accelerator)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One microbatch; at the end of an optimizer step the category state moves and metrics are written."""

@@ -283,3 +283,30 @@ def test_a_head_in_shards_is_gathered_for_the_backward_pass(trained: bool, loss:
     for mine, theirs in zip(found_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert head.times == (2 if trained else 1)  # a frozen head is not needed any more
+
+
+@pytest.mark.parametrize("loss", ["log_probs", "forward"])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_fp32_weights_in_bf16_autocast(trained: bool, loss: str) -> None:
+    """As FSDP trains a bf16 model: products in bf16, in the backward pass too; gradients in the inputs' dtypes."""
+    hidden = tensor(NUM_TOKENS, HIDDEN, seed=1, grad=True)
+    weight = tensor(VOCABULARY, HIDDEN, seed=2, grad=trained)
+    targets = torch.arange(NUM_TOKENS)
+
+    def value(h: Tensor, w: Tensor) -> Tensor:
+        if loss == "log_probs":
+            return selected_log_probs(h, w, None, targets, chunk=3)
+        return token_kl(h, tensor(NUM_TOKENS, HIDDEN, seed=4), w, None, estimator="forward", chunk=3)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value(hidden, weight)
+    assert found.dtype == torch.float32
+    of = [hidden, *([weight] if trained else [])]
+    exact = [t.detach().clone().requires_grad_(t.requires_grad) for t in (hidden, weight)]
+    expected = value(exact[0], exact[1])
+    torch.testing.assert_close(found, expected, atol=5e-2, rtol=2e-2)
+    assert not torch.equal(found, expected)  # or nothing was computed in bf16
+    theirs = gradients(expected, *exact[: len(of)])
+    for mine, other in zip(gradients(found, *of), theirs, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, other, atol=5e-2, rtol=5e-2)

@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
+from transformers import LlamaForCausalLM
 
 from equipoise.train.pairs import PairCollator, model_inputs
 from equipoise.train.recipe.stages import KLConfig
@@ -68,3 +71,17 @@ def test_the_mean_kl_a_token_of_each_chosen_answer(estimator: str, tiny_model: A
     found = penalty.of_answers(tiny_model, batch, outputs, every=2)
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)
     assert bool((found > 0.01).all())
+
+
+def test_what_is_trained_is_seen_to_be_while_the_adapter_is_off(tiny_model: LlamaForCausalLM) -> None:
+    """FSDP takes the dtype of gradients from what it sees trained in its first pass, which is the reference's."""
+    policy = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    reference = Reference(SimpleNamespace(accelerator=accelerator, model=policy, ref_model=None))  # type: ignore[arg-type]
+    layer = next(module for module in policy.modules() if isinstance(module, LoraLayer))
+    with reference.active():
+        assert layer.disable_adapters
+        assert {name for name, p in policy.named_parameters() if p.requires_grad} == trained != set()
+    assert not layer.disable_adapters
+    assert {name for name, p in policy.named_parameters() if p.requires_grad} == trained
