@@ -172,7 +172,7 @@ ENGINES: dict[str, Engine] = {
 }
 
 
-def overrides(trainer: Trainer, engine: Engine, inputs: Path) -> list[str]:
+def overrides(trainer: Trainer, engine: Engine, inputs: Path, dtype: str) -> list[str]:
     """The command line of a cell, without name and output folder; inputs: what `tiny.py` wrote."""
     found = [
         *trainer.overrides,
@@ -180,7 +180,7 @@ def overrides(trainer: Trainer, engine: Engine, inputs: Path) -> list[str]:
         f"stages.{trainer.stage}.save_every=2",
         "model=hub",
         f"model.id={inputs / 'model'}",
-        "model.dtype=float32",
+        f"model.dtype={dtype}",
         "data=jsonl",
         f"data.path={inputs / 'pairs.jsonl'}",
         "data.max_length=160",

@@ -39,7 +39,7 @@ def prepare(folder: Path) -> None:
 
 
 def run_cells(
-    folder: Path, engine: str, trainers: Sequence[str], limit_seconds: float, told: Told
+    folder: Path, engine: str, trainers: Sequence[str], dtype: str, limit_seconds: float, told: Told
 ) -> dict[str, Result]:
     """Run an engine's cells that have not run yet, failed ones again; returns all: error (None: it ran), seconds, tail.
 
@@ -62,12 +62,14 @@ def run_cells(
         told(trainer, result)
 
     while waiting:
-        done = _launch(folder, ENGINES[engine], waiting, limit_seconds, ended)
+        done = _launch(folder, ENGINES[engine], waiting, dtype, limit_seconds, ended)
         waiting = waiting[done:]
     return results
 
 
-def _launch(folder: Path, engine: Engine, trainers: Sequence[str], limit_seconds: float, ended: Told) -> int:
+def _launch(
+    folder: Path, engine: Engine, trainers: Sequence[str], dtype: str, limit_seconds: float, ended: Told
+) -> int:
     """Launch these cells; returns how many of them have a result now, a failed one among them."""
     targets = [folder / trainer / engine.name for trainer in trainers]
     for trainer, target in zip(trainers, targets, strict=True):
@@ -79,7 +81,7 @@ def _launch(folder: Path, engine: Engine, trainers: Sequence[str], limit_seconds
         job = {
             "trainer": trainer,
             "folder": str(target),
-            "overrides": overrides(of, engine, folder / "inputs"),
+            "overrides": overrides(of, engine, folder / "inputs", dtype),
             "judged": f"stages.{of.stage}.evaluate" if of.judged else None,
             "fsdp_on_cpu": engine.fsdp_on_cpu,
             "shard_all": engine.shard_all,
