@@ -1,6 +1,7 @@
 """What the training stages share: the trainer's arguments, checkpoints to go on from, progress, gates on the way."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -64,13 +65,14 @@ def shares_prompts(
 ) -> bool:
     """Whether answers to one prompt may share its row (`can_share_prompt`), said where they may not. Collective.
 
-    model: what `load_trainable` read from the folder `policy`. The first rank alone asks: under FSDP it has all of the
-    weights; of ZeRO-3's shards it reads the policy once more.
+    model: what `load_trainable` read from the folder `policy`. The first rank alone asks, on its CPU: under FSDP it has
+    all of the weights; of ZeRO-3's shards it reads the policy once more.
     """
 
     def ask() -> bool:
         whole = model if not is_sharded(model) else load_policy(context.recipe.model, policy)[0]
-        return can_share_prompt(whole, tokenizer)
+        with all_cores():
+            return can_share_prompt(whole, tokenizer)
 
     share = from_first(ask)
     if not share:
@@ -79,6 +81,18 @@ def shares_prompts(
             "which encodes a pair's prompt twice and is slower."
         )
     return share
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Inside, a process that has GPUs computes on every core: its launcher gave it one thread, and the others wait."""
+    before = torch.get_num_threads()
+    if torch.cuda.is_available():
+        torch.set_num_threads(os.cpu_count() or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def examples_per_step(stage: TrainingConfig, num_processes: int | None = None) -> int:

@@ -40,7 +40,8 @@ from equipoise.train.stage_tasks import StageTasks, judged_categories, stage_tas
 from equipoise.train.stages.context import StageContext, StageResult
 from equipoise.train.task_scores import TaskScores, score_tasks
 from equipoise.train.trainers.category_terms import CategoryTerms
-from equipoise.train.trainers.grpo import COST, RewardFunction, VerifiableTrainer
+from equipoise.train.trainers.grpo import RewardFunction, VerifiableTrainer
+from equipoise.train.trainers.grpo_metrics import COST
 from equipoise.train.training import (
     TrainingError,
     examples_per_step,

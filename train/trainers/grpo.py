@@ -24,35 +24,17 @@ from equipoise.train.losses.group_rewards import group_advantages
 from equipoise.train.losses.kl import k3
 from equipoise.train.losses.lagrange import Multipliers
 from equipoise.train.recipe.rl import GRPOStageConfig
-from equipoise.train.rewards.answers import Outcome
 from equipoise.train.rewards.verifiable import Reward, completion_text, outcomes
 from equipoise.train.sharding import is_sharded, own_reference
 from equipoise.train.trainers.category_terms import CategoryTerms
 from equipoise.train.trainers.completion_head import add_completion_head, base_causal_lm, lm_head
+from equipoise.train.trainers.grpo_metrics import ANSWER_COLUMNS, COST, OUTCOMES, TOKEN_COLUMNS, metrics_of
 from equipoise.train.trainers.optimizer_steps import OptimizerSteps
 from equipoise.train.trainers.rollout import GumbelSampling, up_to_end, weights_are_finite
 from equipoise.train.trainers.shared_prompts import grouped, pays, sample_shared, shared_log_probs
-from equipoise.train.trainers.step_table import StepTable, mean_by_category
+from equipoise.train.trainers.step_table import StepTable
 
 RewardFunction = Callable[..., list[Reward]]
-OUTCOMES = (Outcome.CORRECT, Outcome.ABSTAINED, Outcome.WRONG)
-COST = "cost"
-"""The reward function whose values are costs; its weight is its category's multiplier."""
-
-ANSWER_COLUMNS = (
-    "slot",
-    "category",
-    "outcome",
-    "num_tokens",
-    "truncated",
-    "empty",
-    "not_finite",
-    "flat",
-    "total",
-)
-"""Known of an answer once it is sampled and rewarded."""
-TOKEN_COLUMNS = ("num_trained", "kl_sum", "entropy_sum", "clipped_sum")
-"""Summed over the tokens of an answer that are trained on, in the forward pass of a step."""
 
 
 class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
@@ -363,7 +345,14 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
         step = self.state.global_step + 1
         table = self._table.gather(self.accelerator)
         first_pass = self.state.global_step % self.num_iterations == 0
-        metrics = self._metrics_of(table) if step % self.stage.log_every == 0 else {}
+        metrics: dict[str, float] = {}
+        if step % self.stage.log_every == 0:
+            metrics = {
+                "train/learning_rate": self._get_learning_rate(),
+                **metrics_of(
+                    table, self.category_names, self.reward_names, self.num_generations, kl=self.beta > 0
+                ),
+            }
         if first_pass:  # the same answers come back in the other iterations
             self._observe(table)
         if metrics:
@@ -380,51 +369,6 @@ class VerifiableTrainer(OptimizerSteps, GRPOTrainer):
             windows = self.multipliers.observe(table[COST][priced], place)
             if self.state.global_step >= self.stage.cost.multiplier.delay:
                 self.multipliers.update(windows, eta=self.stage.cost.multiplier.eta)
-
-    def _metrics_of(self, table: dict[str, Tensor]) -> dict[str, float]:
-        category, tokens = table["category"], table["num_trained"]
-        metrics: dict[str, float] = {"train/learning_rate": self._get_learning_rate()}
-
-        def mean(name: str, values: Tensor, of: Tensor | None = None) -> None:
-            """Overall and a category, over the answers `of` (default: those with a value)."""
-            of = values.isfinite() if of is None else of
-            if bool(of.any()):
-                metrics[f"train/{name}"] = float(values[of].mean())
-                metrics.update(
-                    mean_by_category(f"train/{name}", values[of], category[of], self.category_names)
-                )
-
-        def total(name: str, values: Tensor) -> None:
-            metrics[f"train/{name}"] = float(values.sum())
-            for i, category_name in enumerate(self.category_names):
-                if bool((category == i).any()):
-                    metrics[f"train/{name}/{category_name}"] = float(values[category == i].sum())
-
-        def a_token(name: str, values: Tensor) -> None:
-            groups = [("", torch.ones_like(tokens, dtype=torch.bool))]
-            groups += [(f"/{c}", category == i) for i, c in enumerate(self.category_names)]
-            for suffix, of in groups:
-                if bool(tokens[of].sum()):
-                    metrics[f"train/{name}{suffix}"] = float(values[of].sum() / tokens[of].sum())
-
-        total("num_answers", torch.ones_like(tokens))
-        mean("reward", table["total"])
-        for name in self.reward_names:
-            mean("cost" if name == COST else f"reward_{name}", table[name])
-            total(f"num_unscored_{name}", table[name].isnan().double())
-        checked = table["outcome"] >= 0
-        for i, outcome in enumerate(OUTCOMES):
-            mean(f"{outcome}_rate", (table["outcome"] == i).double(), checked)
-        mean("num_tokens", table["num_tokens"])
-        mean("truncated_rate", table["truncated"])
-        total("num_empty", table["empty"])
-        total("num_not_finite", table["not_finite"])
-        total("num_flat_groups", table["flat"] / self.num_generations)
-        if self.beta:
-            a_token("kl", table["kl_sum"])
-        a_token("entropy", table["entropy_sum"])
-        a_token("clip_rate", table["clipped_sum"])
-        return metrics
 
     def _state_metrics(self) -> dict[str, float]:
         found = self.multipliers.metrics() if self.multipliers is not None else {}
