@@ -41,7 +41,7 @@ def argument_parser(program: str) -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="in bfloat16 ranks, counts, verdicts and resumed runs are judged; differences from one process are shown",
+        help="in bfloat16 ranks, verdicts and resumed runs are judged; differences from one process are shown",
     )
     parser.add_argument(
         "--limit", type=float, default=600.0, metavar="SECONDS", help="of a cell (default: 600)"
@@ -143,7 +143,8 @@ def _shown(
             name: value
             for name, value in figures.items()
             if (is_judged(name, dtype) and value > TOLERANCE)
-            or (name in ("counts_differ", "ranks_differ") and value)
+            or (name == "counts_differ" and value and dtype == "float32")
+            or (name == "ranks_differ" and value)
             or (name in ("same_verdict", "read_as_sharded") and not value)
         }
         what = "; ".join(

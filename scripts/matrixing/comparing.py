@@ -20,7 +20,8 @@ EXACT = ("/num_", "num_episodes", "held_out/num_pairs")
 def compare(folder: Path, cell: tuple[str, str], dtype: str) -> dict[str, Any]:
     """Check -> what was found; `passed` says whether all are as they should be.
 
-    In bfloat16 two ranks round otherwise than one: how far they are from it is shown, and not judged.
+    In bfloat16 two ranks round otherwise than one, and may sample other answers: how far they are from it is shown, and
+    not judged.
     """
     trainer, engine = cell
     mine, one = folder / trainer / engine, folder / trainer / ONE
@@ -45,7 +46,7 @@ def compare(folder: Path, cell: tuple[str, str], dtype: str) -> dict[str, Any]:
     }
     differences = [value for name, value in found.items() if is_judged(name, dtype)]
     found["passed"] = (
-        not found["counts_differ"]
+        not (found["counts_differ"] and dtype == "float32")
         and not found["ranks_differ"]
         and found["same_verdict"]
         and found["read_as_sharded"]
