@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,15 @@ def pytest_collection_finish() -> None:
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _loggers_on() -> None:
+    """Hydra, which the command line composes with, switches off whatever loggers a process has by then."""
+    logging.root.setLevel(logging.WARNING)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("equipoise") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")
