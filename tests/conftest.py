@@ -77,23 +77,33 @@ def tiny_model_folder(tiny_llama: ModuleType, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture
-def folder_in_use() -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
-    """`with folder_in_use(folder) as other`: another process has locked it (`train/locks.py`), until it is killed."""
-    hold = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
-        "file.truncate(0); file.write('process 17 on there'); file.flush(); print('held', flush=True); time.sleep(60)"
-    )
+def holding() -> Callable[..., AbstractContextManager["subprocess.Popen[bytes]"]]:
+    """`with holding(code, argument) as other`: another process has run the code and lives on until it is killed."""
 
     @contextmanager
-    def held(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", hold, str(folder / ".lock")]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+    def held(code: str, argument: str) -> Iterator["subprocess.Popen[bytes]"]:
+        code += "; print('held', flush=True); import time; time.sleep(60)"
+        with subprocess.Popen([sys.executable, "-c", code, argument], stdout=subprocess.PIPE) as other:
             try:
                 assert other.stdout is not None
                 assert other.stdout.readline() == b"held\n"
                 yield other
             finally:
                 other.kill()
+
+    return held
+
+
+@pytest.fixture
+def folder_in_use(holding: Any) -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
+    """`with folder_in_use(folder) as other`: another process has locked it (`train/locks.py`), until it is killed."""
+    lock = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "file.truncate(0); file.write('process 17 on there'); file.flush()"
+    )
+
+    def held(folder: Path) -> AbstractContextManager["subprocess.Popen[bytes]"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return holding(lock, str(folder / ".lock"))
 
     return held

@@ -1,10 +1,7 @@
 import errno
 import fcntl
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,21 +36,17 @@ def until(happened: Callable[[], object]) -> None:
     raise AssertionError("it did not happen within 30 seconds")
 
 
-@contextmanager
-def another_process(path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """It makes the file, and holds its lock until it is killed."""
-    path.parent.mkdir(exist_ok=True)
-    hold = (
-        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
-        "print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", hold, f"{path}.lock"], stdout=subprocess.PIPE) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == b"held\n"
-            yield other
-        finally:
-            other.kill()
+@pytest.fixture
+def another_process(holding: Any) -> Any:
+    """`with another_process(path)`: it makes the file, and holds its lock until it is killed."""
+
+    def held(path: Path) -> Any:
+        path.parent.mkdir(exist_ok=True)
+        return holding(
+            "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire()", f"{path}.lock"
+        )
+
+    return held
 
 
 def test_one_run_makes_the_file_and_the_others_wait_for_it(path: Path, said: list[str]) -> None:
@@ -78,7 +71,7 @@ def test_one_run_makes_the_file_and_the_others_wait_for_it(path: Path, said: lis
     assert said == [f"waiting for another run to make it ({path}.lock)"] * 2  # once each
 
 
-def test_a_process_that_dies_lets_go(path: Path, said: list[str]) -> None:
+def test_a_process_that_dies_lets_go(path: Path, said: list[str], another_process: Any) -> None:
     with another_process(path) as other:
         killer = threading.Thread(target=lambda: (until(lambda: said), other.kill()))
         killer.start()
@@ -114,7 +107,7 @@ def test_without_locks_each_run_makes_it(
 
 
 def test_a_lock_that_never_comes_free_is_not_waited_for_for_ever(
-    path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, said: list[str], another_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.05)
     with another_process(path) as other, made_once(path, "make it"):
@@ -123,7 +116,7 @@ def test_a_lock_that_never_comes_free_is_not_waited_for_for_ever(
 
 
 def test_a_run_that_is_told_to_end_does_not_wait(
-    path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, said: list[str], another_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preemption._request, "asked", True)
     with made_once(path, "make it"):  # nobody to wait for

@@ -75,12 +75,11 @@ def token_kl(
     KL(pi_ref || pi). The reference never receives a gradient. gathered: of both heads, for the backward pass. Returns
     (N,), fp32, >= 0 up to rounding.
     """
-    of_reference = (weight if ref_weight is None else ref_weight).detach, ref_hidden.detach()
+    head = weight if ref_weight is None else ref_weight
 
     def kl(tokens: slice, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-        detached, states = of_reference
         log_p = z.log_softmax(-1)
-        log_q = _logits(states[tokens], detached(), bias, scale, softcap).log_softmax(-1)
+        log_q = _logits(ref_hidden[tokens], head, bias, scale, softcap).log_softmax(-1)
         if estimator == "forward":
             value = (log_p.exp() * (log_p - log_q)).sum(-1)
             # d KL(p||q) / d z_v = p_v (log p_v - log q_v - KL)
